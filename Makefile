@@ -1,0 +1,44 @@
+# Every target sets up its own virtual environment if it is not there: with uv where uv is installed, with venv and pip elsewhere.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= results/demo
+
+.PHONY: demo test test-slow lint format clean
+
+demo: $(VENV)/experiments.stamp  ## select the hyperparameters of a logistic regression, and write a figure
+	$(BIN)/python -m experiments.hyperparameter_selection --dataset breast_cancer --out $(OUT) --overwrite
+
+test: $(VENV)/test.stamp  ## all tests but the slow ones
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/lint.stamp  ## style and types of the whole tree
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/lint.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) results .pytest_cache .ruff_cache
+
+# One stamp per extra: experiments < test < lint, each installed only when it is asked for.
+$(VENV)/%.stamp: pyproject.toml | $(BIN)/python
+	if command -v uv >/dev/null 2>&1; then \
+		uv pip install --quiet --python $(BIN)/python --editable '.[$*]'; \
+	else \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'; \
+	fi
+	touch $@
+
+$(BIN)/python:
+	if command -v uv >/dev/null 2>&1; then \
+		uv venv --quiet --python $(PYTHON) $(VENV); \
+	else \
+		$(PYTHON) -m venv $(VENV); \
+	fi

@@ -1,0 +1,39 @@
+"""Bilevel optimization in JAX: solver steps as pure functions, composed from oracles, estimators, optimisers and stages."""
+
+from bilevel_jax import estimators, oracles, projections, samplers, solvers, testing
+from bilevel_jax.loop import Carry, begin, resume, run, stream
+from bilevel_jax.oracles import implicit
+from bilevel_jax.results import Result, guard, worst
+from bilevel_jax.solvers import default_opts
+from bilevel_jax.sweep import descend, per_sweep, sweep
+from bilevel_jax.types import Batch, BilevelState, Levels, Problem, Solver, Vars
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "BilevelState",
+    "Carry",
+    "Levels",
+    "Problem",
+    "Result",
+    "Solver",
+    "Vars",
+    "begin",
+    "default_opts",
+    "descend",
+    "estimators",
+    "guard",
+    "implicit",
+    "oracles",
+    "per_sweep",
+    "projections",
+    "resume",
+    "run",
+    "samplers",
+    "solvers",
+    "stream",
+    "sweep",
+    "testing",
+    "worst",
+]

@@ -1,0 +1,201 @@
+"""Loops: `run` for data on the device (one program, pure), `stream` for an external loader (host loop, donated state)."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bilevel_jax import checks
+from bilevel_jax.results import Result, all_finite, worst
+from bilevel_jax.samplers import Sampler
+from bilevel_jax.types import Array, Batch, BilevelState, Levels, Solver, Vars
+
+#: ``(vars, data) -> {name: scalar}``.
+Metrics = Callable[[Vars, Levels], dict[str, Array]]
+#: ``{"step": int32 [rows], name: [rows], ...}``.
+History = dict[str, Array]
+
+
+class Carry(NamedTuple):
+    """All that a run needs to go on: resumed equals uninterrupted, bit for bit."""
+
+    state: BilevelState
+    key: Array  # typed key [], from which every draw of the run comes
+    result: Array  # int32 [], the worst `Result` met
+    finite: Vars  # the variables at the last evaluation at which all of them were finite
+
+
+def begin(solver: Solver, sampler: Sampler, vars: Vars, data: Levels, key: Array) -> Carry:
+    """The carry of a run before its first step.
+
+    Args, Raises: as `run`.
+    """
+    if isinstance(key, jax.Array) and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"key: got {checks.describe(key)}, expected a typed key, as jax.random.key(0) makes")
+    for name, part in zip(Levels._fields, data, strict=True):
+        checks.finite(f"data.{name}", part)
+    shapes = jax.eval_shape(lambda d, k: sampler.batches(d, k, 0, solver.draws), data, key)
+    state = solver.init(vars, shapes)
+    return Carry(state, key, jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, state.vars))
+
+
+def resume(
+    solver: Solver,
+    sampler: Sampler,
+    carry: Carry,
+    data: Levels,
+    *,
+    steps: int,
+    every: int | None = None,
+    metrics: Metrics | None = None,
+) -> tuple[Carry, History]:
+    """``steps`` more updates from a carry, as one scan: pure, and made to be jitted and vmapped by its caller.
+
+    Args:
+        solver, sampler, data: those of the run.
+        carry: of `begin`, or of an earlier `run` or `resume`.
+        steps: updates to do, a multiple of ``every``.
+        every: updates from one evaluation to the next, ``steps`` by default.
+        metrics: ``(vars, data) -> {name: scalar}``.
+
+    Returns:
+        The carry, and a history of ``steps / every`` rows: ``step`` and one entry a metric.  A metric that is not finite is
+        recorded as it is; ``carry.result`` then says so, and ``carry.finite`` holds the last finite variables.
+
+    Raises:
+        TypeError, ValueError: for counts that are not positive ints, and ``steps`` that is not a multiple of ``every``.
+    """
+    steps, every = _counts(steps, every)
+    data = sampler.whole(data)
+
+    def one(state: BilevelState, plan: tuple) -> tuple[BilevelState, None]:
+        return solver.update(state, sampler.stack(data, plan)), None
+
+    def chunk(carry: Carry, _: None) -> tuple[Carry, History]:
+        plan = sampler.plan(data, carry.key, carry.state.step * solver.draws, every * solver.draws)
+        plan = jax.tree.map(lambda leaf: leaf.reshape(every, solver.draws, *leaf.shape[1:]), plan)
+        state, _ = lax.scan(one, carry.state, plan)
+        fine = all_finite(state.vars)
+        code = jnp.where(fine, worst(state), jnp.int32(Result.NONFINITE))
+        kept = jax.tree.map(lambda new, old: jnp.where(fine, new, old), state.vars, carry.finite)
+        carry = Carry(state, carry.key, jnp.maximum(carry.result, code), kept)
+        return carry, _row(metrics, state, data)
+
+    return lax.scan(chunk, carry, None, length=steps // every)
+
+
+def run(
+    solver: Solver,
+    sampler: Sampler,
+    vars: Vars,
+    data: Levels,
+    key: Array,
+    *,
+    steps: int,
+    every: int | None = None,
+    metrics: Metrics | None = None,
+) -> tuple[Carry, History]:
+    """Run a solver on data that lie on the device: one scan, metrics every ``every`` updates, nothing jitted.
+
+    Jit it (``jax.jit(functools.partial(run, solver, sampler, steps=..., ...))``), or vmap it over keys; build the solver
+    inside the function that you jit, and new rates do not recompile either.
+
+    Args:
+        solver: of `bilevel_jax.solvers`, or your own.
+        sampler: of `bilevel_jax.samplers`.
+        vars: starting point; ``aux=None`` starts it at zeros like ``inner``.
+        data: ``Levels(inner, outer)``, pytrees of arrays with samples along the leading axis.
+        key: typed key; draw number t is a function of it and t.
+        steps: updates to do, a multiple of ``every``.
+        every: updates from one evaluation to the next, ``steps`` by default.
+        metrics: ``(vars, data) -> {name: scalar}``.
+
+    Returns:
+        The carry (pass it to `resume` to go on) and a history of ``1 + steps / every`` rows, the first at the start.
+
+    Raises:
+        TypeError, ValueError: before compilation, for what `resume` refuses, NaN or infinity in (concrete) data, an untyped
+            key, and everything that the solver and the sampler refuse.
+
+    Cost: ``steps`` times ``solver.cost``.
+
+    Example:
+        >>> import optax
+        >>> from bilevel_jax import samplers, solvers, testing
+        >>> quadratic = testing.quadratic(jax.random.key(0))
+        >>> solver = solvers.saba(quadratic.problem, Vars(*map(optax.sgd, (0.2, 0.2, 0.1))))
+        >>> carry, history = run(solver, samplers.uniform(8), quadratic.start, quadratic.data, jax.random.key(1),
+        ...                      steps=2000, every=1000, metrics=quadratic.metrics)
+        >>> history["step"].tolist(), bool(history["gradient_norm"][-1] < 1e-2 * history["gradient_norm"][0])
+        ([0, 1000, 2000], True)
+    """
+    _counts(steps, every)
+    carry = begin(solver, sampler, vars, data, key)
+    first = _row(metrics, carry.state, sampler.whole(data))
+    carry, rest = resume(solver, sampler, carry, data, steps=steps, every=every, metrics=metrics)
+    return carry, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
+
+
+def stream(
+    solver: Solver,
+    start: Vars | BilevelState,
+    batches: Iterable[Batch],
+    *,
+    every: int = 1,
+    metrics: Callable[[Vars], dict[str, Array]] | None = None,
+) -> Iterator[tuple[BilevelState, dict[str, Array]]]:
+    """Run a solver on batches that come from outside: a host loop over a jitted update with a donated state.
+
+    This is the one place of the library that jits: a host loop without donation would copy every table at every step.
+
+    Args:
+        solver: any solver.
+        start: variables to start from, or the state to go on from (it is copied, not donated).
+        batches: stacked for the solver, as `bilevel_jax.samplers.from_stream` makes them.
+        every: updates from one yield to the next.
+        metrics: ``vars -> {name: scalar}``, jitted here.
+
+    Yields:
+        ``(state, row)`` with ``row = {"step": ..., metrics...}``.  The state is donated to the next update: copy what you
+        keep (``jax.tree.map(jnp.copy, state.vars)``).
+
+    Raises:
+        TypeError, ValueError: for ``every`` below 1 and for what the solver refuses.
+
+    Example:
+        >>> import optax
+        >>> from bilevel_jax import samplers, solvers, testing
+        >>> quadratic = testing.quadratic(jax.random.key(0))
+        >>> loader = (samplers.uniform(8).batches(quadratic.data, jax.random.key(1), t, 1) for t in range(20))
+        >>> solver = solvers.soba(quadratic.problem, Vars(*map(optax.sgd, (0.2, 0.2, 0.1))))
+        >>> [int(row["step"]) for _, row in stream(solver, quadratic.start, loader, every=10)]
+        [10, 20]
+    """
+    every = checks.positive_int("every", every)
+    update = jax.jit(solver.update, donate_argnums=0)
+    evaluate = jax.jit(lambda state: _row(None if metrics is None else lambda v, _: metrics(v), state, Levels()))
+    state = jax.tree.map(jnp.copy, start) if isinstance(start, BilevelState) else None
+    for done, batch in enumerate(batches, 1):
+        if state is None:
+            state = solver.init(start, batch)
+        state = update(state, batch)
+        if done % every == 0:
+            yield state, evaluate(state)
+
+
+def _row(metrics: Metrics | None, state: BilevelState, data: Levels) -> History:
+    named = {} if metrics is None else metrics(state.vars, data)
+    for name, value in named.items():
+        if jnp.shape(value) != ():
+            raise ValueError(f"metrics: got {name!r} of shape {jnp.shape(value)}, expected a scalar")
+    return {"step": state.step, **named}
+
+
+def _counts(steps: int, every: int | None) -> tuple[int, int]:
+    steps = checks.positive_int("steps", steps)
+    every = steps if every is None else checks.positive_int("every", every)
+    if steps % every:
+        raise ValueError(f"steps: got {steps}, expected a multiple of every = {every}")
+    return steps, every

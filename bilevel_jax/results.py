@@ -1,0 +1,106 @@
+"""Result codes, and the guard that keeps the last finite state.
+
+Codes are int32 arrays, so that they live in states, under jit and vmap; the larger the code, the worse.
+"""
+
+import enum
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bilevel_jax.types import Array, Batch, BilevelState, PyTree, Solver, Table, Vars
+
+
+class Result(enum.IntEnum):
+    """How a computation ended, in order of severity."""
+
+    SUCCESSFUL = 0
+    NONFINITE = 9
+
+    @property
+    def message(self) -> str:
+        """What the code means, and what to do."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    Result.SUCCESSFUL: "successful",
+    Result.NONFINITE: "an iterate became NaN or infinite; the last finite variables are kept: try smaller steps",
+}
+
+
+class Status(NamedTuple):
+    """Marks the result code that a part of a solver keeps in its state."""
+
+    code: Array  # int32 []
+
+
+def worst(state: PyTree) -> Array:
+    """The largest code of all the ``Status`` entries of a state; SUCCESSFUL (0) if there is none."""
+    found = [s.code for s in jax.tree.leaves(state, is_leaf=_is_status) if _is_status(s)]
+    return jnp.stack([jnp.zeros((), jnp.int32), *found]).max()
+
+
+def all_finite(tree: PyTree) -> Array:
+    """Whether every leaf is free of NaN and infinity: a bool scalar."""
+    return jnp.stack([jnp.array(True), *(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))]).all()
+
+
+def guard(solver: Solver) -> Solver:
+    """Freeze a solver at its last finite state: from the first update that gives NaN or infinity on, nothing moves.
+
+    The selection between old and new runs over every leaf but the tables, which would be copied at every step.  That is
+    exact: a table only receives the row that was pending since an accepted step.  ``step`` goes on counting.
+
+    Args:
+        solver: any solver.
+
+    Returns:
+        A solver of the same draws and cost, whose state ends with a ``Status``: see `worst`.
+
+    Example:
+        >>> import optax
+        >>> from bilevel_jax.solvers import soba
+        >>> from bilevel_jax.types import Problem
+        >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
+        >>> solver = guard(soba(problem, Vars(*(optax.sgd(1e30),) * 3)))
+        >>> batches = Batch(inner=jnp.zeros((1, 1)), outer=jnp.zeros((1, 1)))
+        >>> state = solver.init(Vars(inner=jnp.ones(1), outer=jnp.zeros(1)), batches)
+        >>> for _ in range(5):
+        ...     state = solver.update(state, batches)
+        >>> bool(all_finite(state.vars)), Result(int(worst(state))).name
+        (True, 'NONFINITE')
+    """
+
+    def init(vars: Vars, batches: Batch) -> BilevelState:
+        state = solver.init(vars, batches)
+        return state._replace(stages=(state.stages, Status(jnp.zeros((), jnp.int32))))
+
+    def update(state: BilevelState, batches: Batch) -> BilevelState:
+        stages, status = state.stages
+        old = state._replace(stages=stages)
+        new = solver.update(old, batches)
+        accept = (status.code == Result.SUCCESSFUL) & all_finite((new.vars, _without_tables(new.stages)))
+
+        def select(n: Any, o: Any) -> Any:
+            return n if isinstance(n, Table) else jnp.where(accept, n, o)
+
+        kept = jax.tree.map(select, new, old, is_leaf=_is_table)
+        code = jnp.where(accept, Result.SUCCESSFUL, Result.NONFINITE).astype(jnp.int32)
+        return BilevelState(new.step, kept.vars, (kept.stages, Status(code)))
+
+    return Solver(init, update, solver.draws, solver.cost)
+
+
+def _is_status(node: Any) -> bool:
+    return isinstance(node, Status)
+
+
+def _is_table(node: Any) -> bool:
+    return isinstance(node, Table)
+
+
+def _without_tables(tree: PyTree) -> list:
+    leaves = jax.tree.leaves(tree, is_leaf=_is_table)
+    return [leaf for leaf in leaves if not _is_table(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)]

@@ -1,0 +1,229 @@
+"""Samplers: the only place that gathers data.
+
+A sampler has no state: draw number ``t`` of a run is a pure function of ``(key, t)``.  So a run can be cut and resumed
+anywhere, bit for bit, and the random numbers of many steps are made at once, outside the loop.
+
+Data are cut into consecutive blocks of ``batch_size`` rows (shuffle sorted data first).  When the batch size does not divide
+the number of samples n, the last block is filled with rows of the block before, and those rows get weight 0.  With
+``blocks/n`` on every other row, the mean over the blocks is the mean over the samples, exactly.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bilevel_jax import checks
+from bilevel_jax.types import Array, Batch, Levels, PyTree, Slot
+
+
+class Plan(NamedTuple):
+    """The random choices of a stretch of draws, leaves ``[draws]``."""
+
+    index: Levels  # int32, block of either level
+    key: Array  # typed keys
+
+
+class Sampler(NamedTuple):
+    """How draws are made: three pure functions.
+
+    ``plan(data, key, start, count)`` holds every random choice of draws start ... start + count - 1; ``gather(data, plan)``
+    reads the data of one draw (leaves of ``plan`` without the leading axis); ``whole(data)`` is what the draws cover.
+    """
+
+    plan: Callable[[Levels, Array, Array | int, int], Plan]
+    gather: Callable[[Levels, Plan], Batch]
+    whole: Callable[[Levels], Levels]
+
+    def batches(self, data: Levels, key: Array, start: Array | int, draws: int) -> Batch:
+        """Draws start ... start + draws - 1, stacked for a solver: leaves ``[draws, ...]``."""
+        return self.stack(data, self.plan(data, key, start, draws))
+
+    def stack(self, data: Levels, plan: Plan) -> Batch:
+        """The draws of a plan, stacked; ``full`` holds all the data, for refreshes, and is not stacked."""
+        draws = len(plan.key)
+
+        def body(_: None, one: Plan) -> tuple[None, Batch]:
+            return None, self.gather(data, one)
+
+        # A loop of one turn stays a loop that XLA must see through; a few turns are cheaper written out.
+        _, batches = lax.scan(body, None, plan, unroll=draws <= 4)
+        return batches._replace(full=self.whole(data))
+
+
+def blocks(rows: int, batch_size: int, remainder: str = "mask") -> int:
+    """Number of blocks of ``batch_size`` in ``rows`` samples: the number of slots of a table."""
+    return rows // batch_size if remainder == "drop" else -(-rows // batch_size)
+
+
+def uniform(batch_size: int, *, outer_batch_size: int | None = None, remainder: str = "mask") -> Sampler:
+    """Independent uniform draws of one inner and one outer block.
+
+    Args:
+        batch_size: rows of an inner block.
+        outer_batch_size: rows of an outer block, ``batch_size`` by default.
+        remainder: ``"mask"`` keeps a ragged last block (losses must then return one value a sample); ``"drop"`` leaves the
+            last ``n mod batch_size`` rows out, also of ``full``: the problem solved is then that of the rows that are kept.
+
+    Raises:
+        TypeError, ValueError: for batch sizes that are not positive ints or exceed the data, and unknown remainders.
+
+    Example:
+        >>> data = Levels(inner=jnp.arange(10.0), outer=jnp.arange(6.0))
+        >>> batch = uniform(4).batches(data, jax.random.key(0), 0, draws=2)
+        >>> batch.inner.shape, batch.outer.shape, batch.slot.inner.count, batch.slot.outer.count
+        ((2, 4), (2, 4), 3, 2)
+    """
+
+    def indices(key: Array, start: Array | int, count: int, of: int) -> Array:
+        keys = jax.vmap(lambda t: jax.random.fold_in(key, t))(start + jnp.arange(count, dtype=jnp.int32))
+        return jax.vmap(lambda k: jax.random.randint(k, (), 0, of, jnp.int32))(keys)
+
+    return _block_sampler(indices, batch_size, outer_batch_size, remainder)
+
+
+def epochs(batch_size: int, *, outer_batch_size: int | None = None, remainder: str = "mask") -> Sampler:
+    """Without replacement: each pass over the blocks of a level is a fresh permutation, every block exactly once.
+
+    The two levels have passes of their own lengths.  Arguments, errors and blocks are those of `uniform`.
+
+    Permutations are made for whole stretches of draws, outside the loop; asking for a single draw costs one too, so in a loop
+    of your own ask for many draws at once, or use `uniform`.
+
+    Example:
+        >>> data = Levels(inner=jnp.arange(6.0), outer=jnp.arange(6.0))
+        >>> plan = epochs(2).plan(data, jax.random.key(0), 0, 3)
+        >>> sorted(int(i) for i in plan.index.inner)
+        [0, 1, 2]
+    """
+
+    def indices(key: Array, start: Array | int, count: int, of: int) -> Array:
+        first = start // of
+        passes = first + jnp.arange((count - 1) // of + 2, dtype=jnp.int32)
+        keys = jax.vmap(lambda e: jax.random.fold_in(key, e))(passes)
+        orders = jax.vmap(lambda k: jax.random.permutation(k, of))(keys)
+        return orders.reshape(-1)[start - first * of + jnp.arange(count, dtype=jnp.int32)].astype(jnp.int32)
+
+    return _block_sampler(indices, batch_size, outer_batch_size, remainder)
+
+
+def full() -> Sampler:
+    """Every draw is all the data: one block, one slot, no weights.  For deterministic methods.
+
+    Example:
+        >>> data = Levels(inner=jnp.arange(10.0), outer=jnp.arange(6.0))
+        >>> full().batches(data, jax.random.key(0), 0, draws=1).inner.shape
+        (1, 10)
+    """
+
+    def plan(data: Levels, key: Array, start: Array | int, count: int) -> Plan:
+        zeros = jnp.zeros(count, jnp.int32)
+        return Plan(Levels(zeros, zeros), _keys(key, start, count))
+
+    def gather(data: Levels, plan: Plan) -> Batch:
+        slot = Levels(*(Slot(i, 1) for i in plan.index))
+        return Batch(inner=data.inner, outer=data.outer, key=plan.key, slot=slot)
+
+    return Sampler(plan, gather, lambda data: data)
+
+
+def from_stream(batches: Iterable[Batch], draws: int) -> Iterator[Batch]:
+    """Stack every ``draws`` consecutive batches of an external loader, as a solver wants them.
+
+    Args:
+        batches: single draws, as ``Batch(inner=..., outer=..., ...)`` of arrays (NumPy or JAX), all of one structure.
+            ``full`` is taken from the first of each group.
+        draws: of the solver.
+
+    Yields:
+        Batches with leaves ``[draws, ...]``.  A last incomplete group is left out.
+
+    Raises:
+        TypeError: if an item is not a ``Batch``.
+
+    Example:
+        >>> loader = (Batch(inner=jnp.ones(3) * i, outer=jnp.ones(2)) for i in range(5))
+        >>> [b.inner.shape for b in from_stream(loader, draws=2)]
+        [(2, 3), (2, 3)]
+    """
+    draws = checks.positive_int("draws", draws)
+    group: list[Batch] = []
+    for batch in batches:
+        if not isinstance(batch, Batch):
+            raise TypeError(f"batches: got an item of type {type(batch).__name__}, expected Batch(inner=..., outer=...)")
+        group.append(batch)
+        if len(group) == draws:
+            bare = [b._replace(full=None) for b in group]
+            yield jax.tree.map(lambda *leaves: jnp.stack(leaves), *bare)._replace(full=group[0].full)
+            group = []
+
+
+def _keys(key: Array, start: Array | int, count: int) -> Array:
+    """One key per draw, apart from those that choose the blocks."""
+    own = jax.random.fold_in(key, 2)
+    return jax.vmap(lambda t: jax.random.fold_in(own, t))(start + jnp.arange(count, dtype=jnp.int32))
+
+
+def _block_sampler(
+    indices: Callable[[Array, Array | int, int, int], Array], batch_size: int, outer_batch_size: int | None, remainder: str
+) -> Sampler:
+    sizes = Levels(batch_size, batch_size if outer_batch_size is None else outer_batch_size)
+    checks.positive_int("batch_size", sizes.inner)
+    checks.positive_int("outer_batch_size", sizes.outer)
+    if remainder not in ("mask", "drop"):
+        raise ValueError(f"remainder: got {remainder!r}, expected 'mask' or 'drop'")
+
+    def counts(data: Levels) -> Levels:
+        if not isinstance(data, Levels):
+            raise TypeError(f"data: got {type(data).__name__}, expected Levels(inner=..., outer=...)")
+        found = []
+        for name, part, size in zip(Levels._fields, data, sizes, strict=True):
+            n = checks.rows(f"data.{name}", part)
+            if size > n:
+                raise ValueError(f"batch_size: got {size} rows of data.{name}, expected at most {n}, the rows there are")
+            found.append(n)
+        return Levels(*found)
+
+    def plan(data: Levels, key: Array, start: Array | int, count: int) -> Plan:
+        index = Levels(
+            *(
+                indices(jax.random.fold_in(key, level), start, count, blocks(n, size, remainder))
+                for level, (n, size) in enumerate(zip(counts(data), sizes, strict=True))
+            )
+        )
+        return Plan(index, _keys(key, start, count))
+
+    def gather(data: Levels, plan: Plan) -> Batch:
+        parts, weights, slots = [], [], []
+        for part, n, size, i in zip(data, counts(data), sizes, plan.index, strict=True):
+            count = blocks(n, size, remainder)
+            rows, weight = _block(part, n, size, count, i)
+            parts.append(rows)
+            weights.append(weight)
+            slots.append(Slot(i, count))
+        return Batch(*parts, key=plan.key, slot=Levels(*slots), weight=Levels(*weights))
+
+    def whole(data: Levels) -> Levels:
+        if remainder == "mask":
+            return data
+        kept = (blocks(n, size, remainder) * size for n, size in zip(counts(data), sizes, strict=True))
+        return Levels(*(jax.tree.map(lambda leaf, k=k: leaf[:k], part) for part, k in zip(data, kept, strict=True)))
+
+    return Sampler(plan, gather, whole)
+
+
+def _block(data: PyTree, rows: int, size: int, count: int, index: Array) -> tuple[PyTree, Array | None]:
+    """Block ``index`` of the data, and its row weights (None where all blocks are full).
+
+    A ragged last block is moved back until it fits; the rows that it then shares with the block before weigh nothing.
+    """
+    start = index * size
+    ragged = count * size > rows
+    fitted = jnp.minimum(start, rows - size) if ragged else start
+    part = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, fitted, size), data)
+    if not ragged:
+        return part, None
+    own = fitted + jnp.arange(size, dtype=jnp.int32) >= start
+    return part, jnp.where(own, count / rows, 0.0)

@@ -1,0 +1,214 @@
+"""Composition: stages that step the variables, and the sweep that applies them in order.
+
+The only module that touches optax.  optax is called under standard dtype promotion, because several of its parts (adam,
+debiased ema, cosine schedules) break under the strict promotion that the rest of this library keeps.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from bilevel_jax import checks
+from bilevel_jax.estimators import plain
+from bilevel_jax.types import (
+    Array,
+    Batch,
+    BilevelState,
+    BoundOracle,
+    Calls,
+    Cost,
+    Estimator,
+    Oracle,
+    PyTree,
+    Schedule,
+    Solver,
+    Stage,
+    Terms,
+    Vars,
+)
+
+
+class DescendState(NamedTuple):
+    estimator: PyTree
+    opts: Vars  # optax states of the variables that move
+
+
+def _each(function: Any, opts: Vars, *others: Vars) -> Vars:
+    """``function(opt, ...)`` for every variable that has an optimiser, None for the others."""
+    return Vars(*(None if o is None else function(o, *rest) for o, *rest in zip(opts, *others, strict=True)))
+
+
+def take_draw(batches: Batch, index: Any) -> Batch:
+    """One draw of stacked ``batches``; ``full`` is not stacked, and stays."""
+    return jax.tree.map(lambda leaf: leaf[index], batches._replace(full=None))._replace(full=batches.full)
+
+
+def descend(oracle: Oracle, opts: Vars, *, estimator: Estimator | None = None, steps: int = 1, fresh: bool = True) -> Stage:
+    """A simultaneous (Jacobi) step on every variable that has an optimiser, ``steps`` times.
+
+    The terms of the oracle are pruned to the variables that move before they reach the estimator, so that a table or a
+    momentum holds nothing that is not used.
+
+    Args:
+        oracle: which direction.
+        opts: optax transformations of the variables to move, None for the others.  Their schedules count applications: see
+            `per_sweep` when ``steps`` is more than 1.
+        estimator: `bilevel_jax.estimators.plain` by default.
+        steps: number of steps in a sweep.
+        fresh: whether each step takes a draw of its own, or all take the same one.
+
+    Returns:
+        A stage of ``steps`` draws (one if not ``fresh``) and ``steps`` times the cost of its estimator.
+
+    Raises:
+        TypeError, ValueError: for ``steps`` below 1, or ``opts`` that is not a ``Vars`` with at least one transformation;
+            (when traced) if the oracle has no direction for a variable that moves.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bilevel_jax.oracles import implicit
+        >>> from bilevel_jax.types import Problem
+        >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
+        >>> inner_only = descend(implicit(problem), Vars(inner=optax.sgd(0.1)), steps=3)
+        >>> inner_only.draws, inner_only.cost.draw.inner_gradient, inner_only.cost.draw.hessian_vector
+        (3, 3.0, 0.0)
+    """
+    estimator = plain() if estimator is None else estimator
+    steps = checks.positive_int("steps", steps)
+    _check_opts(opts)
+    moved = Vars(*(o is not None for o in opts))
+
+    def bind(step: Array) -> BoundOracle:
+        def pruned(vars: Vars, batch: Batch) -> Terms:
+            parts = oracle.terms(vars, batch, step)
+            parts = Terms(*(Vars(*(t if m else None for t, m in zip(part, moved, strict=True))) for part in parts))
+            for name, m, *found in zip(Vars._fields, moved, *parts, strict=True):
+                if m and all(t is None for t in found):
+                    raise ValueError(
+                        f"opts.{name}: got an optimiser, but the oracle gives no direction for {name} "
+                        "(is batch.outer or vars.aux None?)"
+                    )
+            return parts
+
+        return pruned
+
+    def init(vars: Vars, batches: Batch) -> DescendState:
+        draw = jax.eval_shape(lambda b: take_draw(b, 0), batches)
+        with jax.numpy_dtype_promotion("standard"):
+            opt_states = _each(lambda o, value: o.init(value), opts, vars)
+        return DescendState(estimator.init(bind(jnp.zeros((), jnp.int32)), vars, draw), opt_states)
+
+    def update(state: DescendState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, DescendState]:
+        bound = bind(step)
+
+        def once(carry: tuple[Vars, DescendState], batch: Batch, k: Any) -> tuple[Vars, DescendState]:
+            vars, state = carry
+            direction, est = estimator.update(bound, vars, batch, step * steps + k, state.estimator)
+            with jax.numpy_dtype_promotion("standard"):
+                pairs = _each(lambda o, d, s, value: o.update(d, s, value), opts, direction, state.opts, vars)
+                new = [v if p is None else optax.apply_updates(v, p[0]) for v, p in zip(vars, pairs, strict=True)]
+            return Vars(*new), DescendState(est, Vars(*(None if p is None else p[1] for p in pairs)))
+
+        if steps == 1:
+            return once((vars, state), take_draw(batches, 0), 0)
+        held = batches._replace(full=None) if fresh else None
+        first = None if fresh else take_draw(batches, 0)
+
+        def body(carry: Any, x: Any) -> tuple[Any, None]:
+            k, draw = x
+            return once(carry, draw._replace(full=batches.full) if first is None else first, k), None
+
+        carry, _ = lax.scan(body, (vars, state), (jnp.arange(steps, dtype=jnp.int32), held))
+        return carry
+
+    calls = oracle.calls(moved)
+    cost = Cost(
+        draw=Calls(*(steps * estimator.draw_calls * c for c in calls)),
+        full=Calls(*(steps * estimator.full_calls * c for c in calls)),
+    )
+    return Stage(init, update, steps if fresh else 1, cost)
+
+
+def sweep(*stages: Stage) -> Solver:
+    """Apply stages in order, each at the variables that the last one left (Gauss-Seidel): `optax.chain` for iterates.
+
+    Args:
+        *stages: at least one.
+
+    Returns:
+        A solver.  ``init(vars, batches)`` checks the variables, fills ``vars.aux`` with zeros like ``vars.inner`` where it is
+        None, and copies every leaf, so that the state may be donated; ``update(state, batches)`` is one sweep, of
+        ``draws`` draws.
+
+    Raises:
+        ValueError: without stages; (in ``init`` and ``update``, before compilation) for variables that are not
+            floating-point pytrees, and for batches whose leading axis is not the number of draws.
+    """
+    if not stages:
+        raise ValueError("stages: got none, expected at least one")
+    draws = sum(stage.draws for stage in stages)
+
+    def share(batches: Batch) -> list[Batch]:
+        """Each stage's own draws."""
+        if not isinstance(batches, Batch):
+            raise TypeError(f"batches: got {type(batches).__name__}, expected a Batch")
+        checks.leading_axis("batches", batches._replace(full=None), draws, "the number of draws of the solver")
+        shares, start = [], 0
+        for stage in stages:
+            part = slice(start, start + stage.draws)
+            cut = (lambda b: b) if len(stages) == 1 else (lambda b, part=part: take_draw(b, part))
+            shares.append(jax.eval_shape(cut, batches) if _has_shapes_only(batches) else cut(batches))
+            start += stage.draws
+        return shares
+
+    def init(vars: Vars, batches: Batch) -> BilevelState:
+        if not isinstance(vars, Vars):
+            raise TypeError(f"vars: got {type(vars).__name__}, expected Vars(inner=..., aux=..., outer=...)")
+        for name in ("inner", "outer"):
+            checks.floating(f"vars.{name}", getattr(vars, name))
+        if vars.aux is None:
+            vars = vars._replace(aux=jax.tree.map(jnp.zeros_like, vars.inner))
+        else:
+            checks.floating("vars.aux", vars.aux)
+        vars = jax.tree.map(jnp.asarray, vars)
+        states = tuple(stage.init(vars, b) for stage, b in zip(stages, share(batches), strict=True))
+        state = BilevelState(jnp.zeros((), jnp.int32), vars, states)
+        return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+
+    def update(state: BilevelState, batches: Batch) -> BilevelState:
+        vars, states = state.vars, []
+        for stage, own, batch in zip(stages, state.stages, share(batches), strict=True):
+            vars, own = stage.update(own, vars, batch, state.step)
+            states.append(own)
+        return BilevelState(state.step + 1, vars, tuple(states))
+
+    total = [Cost(*(Calls(*map(sum, zip(*part, strict=True))) for part in zip(*(s.cost for s in stages), strict=True)))]
+    return Solver(init, update, draws, total[0])
+
+
+def per_sweep(schedule: Schedule, steps: int) -> Schedule:
+    """A schedule that counts sweeps, for an optimiser that is applied ``steps`` times a sweep.
+
+    Example:
+        >>> [float(per_sweep(lambda t: 1.0 / (t + 1), 2)(k)) for k in range(4)]
+        [1.0, 1.0, 0.5, 0.5]
+    """
+    steps = checks.positive_int("steps", steps)
+    return (lambda count: schedule(count // steps)) if callable(schedule) else schedule
+
+
+def _has_shapes_only(batches: Batch) -> bool:
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(batches))
+
+
+def _check_opts(opts: Any) -> None:
+    if not isinstance(opts, Vars):
+        raise TypeError(f"opts: got {type(opts).__name__}, expected Vars(inner=..., aux=..., outer=...)")
+    if all(o is None for o in opts):
+        raise ValueError("opts: got no transformation, expected one for at least one variable")
+    for name, opt in zip(Vars._fields, opts, strict=True):
+        if opt is not None and not (callable(getattr(opt, "init", None)) and callable(getattr(opt, "update", None))):
+            raise TypeError(f"opts.{name}: got {type(opt).__name__}, expected an optax transformation or None")

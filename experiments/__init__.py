@@ -1,0 +1,1 @@
+"""Experiments: data, problems and figures of the papers, built on bilevel_jax."""
