@@ -57,9 +57,7 @@ def same_shapes(name: str, tree: PyTree, like: PyTree, like_name: str) -> None:
         raise ValueError(f"{name}: got the structure {got}, expected that of {like_name}, {expected}")
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like), strict=True):
         if np.shape(a) != np.shape(b) or jnp.result_type(a) != jnp.result_type(b):
-            raise ValueError(
-                f"{path_name(name, path)}: got {describe(a)}, expected {describe(b)} as in {like_name}"
-            )
+            raise ValueError(f"{path_name(name, path)}: got {describe(a)}, expected {describe(b)} as in {like_name}")
 
 
 def leading_axis(name: str, tree: PyTree, size: int, why: str) -> None:

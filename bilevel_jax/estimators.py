@@ -256,7 +256,7 @@ def page(probability: float) -> Estimator:
         full = _on_full(batch, "page")
         if batch.key is None:
             raise ValueError("batch.key: got None, expected a key, from which page draws its coin")
-        # The top bit of the batch's own key stays free for the losses: the coin uses a key folded in for it.
+        # A key of its own, so that the coin is independent of what a loss draws from batch.key.
         coin = jax.random.bernoulli(jax.random.fold_in(batch.key, 0x9A6E), probability)
         return lax.cond(
             (count == 0) | coin,

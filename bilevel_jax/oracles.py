@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -92,6 +93,8 @@ def implicit(problem: Problem, *, mode: str = "reverse") -> Oracle:
         else:
             (dz, _), (hv, cross) = jax.jvp(lambda z: gradients(z, x), (z,), (v,))
         fz, fx = jax.grad(f, argnums=(0, 1))(z, x, batch.outer, weight.outer)
+        if not _depends(lambda x: f(z, x, batch.outer, weight.outer), x):
+            fx = None  # a term that is zero by structure: no estimator should keep a table of it
         return Terms(inner=Vars(dz, hv, cross), outer=Vars(None, fz, fx))
 
     def calls(moved: Vars) -> Calls:
@@ -103,3 +106,13 @@ def implicit(problem: Problem, *, mode: str = "reverse") -> Oracle:
         )
 
     return Oracle(terms, calls)
+
+
+def _depends(function: Callable[[PyTree], Array], argument: PyTree) -> bool:
+    """Whether the value of a function can depend on its argument, by following its jaxpr (True when in doubt)."""
+    jaxpr = jax.make_jaxpr(function)(argument).jaxpr
+    reached = set(jaxpr.invars)
+    for eqn in jaxpr.eqns:
+        if any(not isinstance(v, jax.extend.core.Literal) and v in reached for v in eqn.invars):
+            reached.update(eqn.outvars)
+    return any(not isinstance(v, jax.extend.core.Literal) and v in reached for v in jaxpr.outvars)
