@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from bilevel_jax.types import PyTree
 
@@ -74,8 +75,8 @@ def rows(name: str, data: PyTree) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(data)
     if not leaves:
         raise ValueError(f"{name}: got {data!r}, expected a pytree of arrays with samples along the leading axis")
-    sizes = {path_name(name, path): np.shape(leaf)[0] if np.ndim(leaf) else None for path, leaf in leaves}
-    if None in sizes.values() or len(set(sizes.values())) != 1:
+    sizes = {path_name(name, path): np.shape(leaf)[0] if np.ndim(leaf) else -1 for path, leaf in leaves}
+    if -1 in sizes.values() or len(set(sizes.values())) != 1:
         raise ValueError(f"{name}: got leaves with leading axes {sizes}, expected one common number of samples")
     return next(iter(sizes.values()))
 
@@ -83,7 +84,7 @@ def rows(name: str, data: PyTree) -> int:
 def finite(name: str, tree: PyTree) -> None:
     """Raise ValueError if a concrete floating-point leaf holds NaN or infinity; traced leaves pass."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        if isinstance(leaf, Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             continue
         with jax.ensure_compile_time_eval():  # the data may be concrete while the run around them is traced
             bad = int((~jnp.isfinite(leaf)).sum())

@@ -9,7 +9,7 @@ from jax import lax
 
 from bilevel_jax import checks
 from bilevel_jax.results import Result, all_finite, worst
-from bilevel_jax.samplers import Sampler
+from bilevel_jax.samplers import Plan, Sampler
 from bilevel_jax.types import Array, Batch, BilevelState, Levels, Solver, Vars
 
 #: ``(vars, data) -> {name: scalar}``.
@@ -70,7 +70,7 @@ def resume(
     steps, every = _counts(steps, every)
     data = sampler.whole(data)
 
-    def one(state: BilevelState, plan: tuple) -> tuple[BilevelState, None]:
+    def one(state: BilevelState, plan: Plan) -> tuple[BilevelState, None]:
         return solver.update(state, sampler.stack(data, plan)), None
 
     def chunk(carry: Carry, _: None) -> tuple[Carry, History]:
@@ -81,7 +81,7 @@ def resume(
         code = jnp.where(fine, worst(state), jnp.int32(Result.NONFINITE))
         kept = jax.tree.map(lambda new, old: jnp.where(fine, new, old), state.vars, carry.finite)
         carry = Carry(state, carry.key, jnp.maximum(carry.result, code), kept)
-        return carry, _row(metrics, state, data)
+        return carry, _row(state, metrics(state.vars, data) if metrics else {})
 
     return lax.scan(chunk, carry, None, length=steps // every)
 
@@ -133,7 +133,7 @@ def run(
     """
     _counts(steps, every)
     carry = begin(solver, sampler, vars, data, key)
-    first = _row(metrics, carry.state, sampler.whole(data))
+    first = _row(carry.state, metrics(carry.state.vars, sampler.whole(data)) if metrics else {})
     carry, rest = resume(solver, sampler, carry, data, steps=steps, every=every, metrics=metrics)
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
 
@@ -175,18 +175,17 @@ def stream(
     """
     every = checks.positive_int("every", every)
     update = jax.jit(solver.update, donate_argnums=0)
-    evaluate = jax.jit(lambda state: _row(None if metrics is None else lambda v, _: metrics(v), state, Levels()))
-    state = jax.tree.map(jnp.copy, start) if isinstance(start, BilevelState) else None
+    evaluate = jax.jit(lambda state: _row(state, metrics(state.vars) if metrics else {}))
+    state = None
     for done, batch in enumerate(batches, 1):
         if state is None:
-            state = solver.init(start, batch)
+            state = jax.tree.map(jnp.copy, start) if isinstance(start, BilevelState) else solver.init(start, batch)
         state = update(state, batch)
         if done % every == 0:
             yield state, evaluate(state)
 
 
-def _row(metrics: Metrics | None, state: BilevelState, data: Levels) -> History:
-    named = {} if metrics is None else metrics(state.vars, data)
+def _row(state: BilevelState, named: History) -> History:
     for name, value in named.items():
         if jnp.shape(value) != ():
             raise ValueError(f"metrics: got {name!r} of shape {jnp.shape(value)}, expected a scalar")

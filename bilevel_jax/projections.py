@@ -37,7 +37,7 @@ def project(projection: Callable[[PyTree], PyTree]) -> optax.GradientTransformat
 
 
 class ProxState(NamedTuple):
-    count: Array  # int32 [], number of steps done
+    steps: Array  # int32 [], number of steps done
 
 
 def prox(operator: Callable[[PyTree, Array | float], PyTree], step_size: Schedule) -> optax.GradientTransformation:
@@ -65,8 +65,8 @@ def prox(operator: Callable[[PyTree, Array | float], PyTree], step_size: Schedul
         return ProxState(jnp.zeros((), jnp.int32))
 
     def update(updates: PyTree, state: ProxState, params: PyTree | None = None) -> tuple[PyTree, ProxState]:
-        step = step_size(state.count) if callable(step_size) else step_size
-        return _land(lambda point: operator(point, step), updates, params), ProxState(state.count + 1)
+        step = step_size(state.steps) if callable(step_size) else step_size
+        return _land(lambda point: operator(point, step), updates, params), ProxState(state.steps + 1)
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
 

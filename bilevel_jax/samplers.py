@@ -22,7 +22,7 @@ from bilevel_jax.types import Array, Batch, Levels, PyTree, Slot
 class Plan(NamedTuple):
     """The random choices of a stretch of draws, leaves ``[draws]``."""
 
-    index: Levels  # int32, block of either level
+    block: Levels  # int32, of either level
     key: Array  # typed keys
 
 
@@ -95,7 +95,7 @@ def epochs(batch_size: int, *, outer_batch_size: int | None = None, remainder: s
     Example:
         >>> data = Levels(inner=jnp.arange(6.0), outer=jnp.arange(6.0))
         >>> plan = epochs(2).plan(data, jax.random.key(0), 0, 3)
-        >>> sorted(int(i) for i in plan.index.inner)
+        >>> sorted(int(i) for i in plan.block.inner)
         [0, 1, 2]
     """
 
@@ -123,7 +123,7 @@ def full() -> Sampler:
         return Plan(Levels(zeros, zeros), _keys(key, start, count))
 
     def gather(data: Levels, plan: Plan) -> Batch:
-        slot = Levels(*(Slot(i, 1) for i in plan.index))
+        slot = Levels(*(Slot(i, 1) for i in plan.block))
         return Batch(inner=data.inner, outer=data.outer, key=plan.key, slot=slot)
 
     return Sampler(plan, gather, lambda data: data)
@@ -197,7 +197,7 @@ def _block_sampler(
 
     def gather(data: Levels, plan: Plan) -> Batch:
         parts, weights, slots = [], [], []
-        for part, n, size, i in zip(data, counts(data), sizes, plan.index, strict=True):
+        for part, n, size, i in zip(data, counts(data), sizes, plan.block, strict=True):
             count = blocks(n, size, remainder)
             rows, weight = _block(part, n, size, count, i)
             parts.append(rows)
