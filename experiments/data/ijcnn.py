@@ -65,7 +65,7 @@ def _parse(path: Path) -> tuple[np.ndarray, np.ndarray]:
         sparse, y = load_svmlight_file(str(path), n_features=22)[:2]
     except (OSError, EOFError, ValueError) as error:
         raise DataFileError(f"{path}: got {error}, expected bzip2'd svmlight rows; delete the damaged file") from error
-    x = sparse.toarray().astype(np.float32) + np.float32(0)  # + 0: one zero, should a file write -0.0
+    x = sparse.toarray().astype(np.float32)  # toarray adds to 0, so that a -0.0 in a file is 0.0 here
     finite(str(path), x, y)
     if not np.isin(y, (-1, 1)).all():
         raise DataFileError(f"{path}: got labels {np.unique(y)[:5]}, expected -1 and 1")
