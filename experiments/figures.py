@@ -1,0 +1,53 @@
+"""Figures of the comparisons."""
+
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+
+matplotlib.use("Agg")  # figures go to files, also where there is no screen
+import matplotlib.pyplot as plt
+import numpy as np
+
+#: One colour and line style a solver, the same in every figure (colours of Okabe and Ito: told apart by all readers).
+STYLES = {
+    "soba": ("#0072B2", "-"),
+    "ma_soba": ("#56B4E9", "--"),
+    "saba": ("#D55E00", "-"),
+    "srba": ("#009E73", "-"),
+    "spaba": ("#CC79A7", "--"),
+    "storm_soba": ("#E69F00", "-."),
+    "fsla": ("#000000", ":"),
+}
+
+
+def comparison(rows: pd.DataFrame, labels: dict[str, str], title: str, path: Path) -> None:
+    """Median and 20/80 % band over seeds of every metric in ``labels``, against seconds and against oracle calls.
+
+    Writes ``path`` with the endings .png and .pdf.
+    """
+    axes_of = {"seconds": "seconds (one run, metrics excluded)", "oracle_calls": "oracle calls (batches)"}
+    figure, axes = plt.subplots(
+        len(labels), 2, figsize=(9.5, 3.2 * len(labels)), sharey="row", squeeze=False, layout="constrained"
+    )
+    for row, (metric, label) in zip(axes, labels.items(), strict=True):
+        for axis, (column, name) in zip(row, axes_of.items(), strict=True):
+            for solver, part in rows.groupby("solver", sort=False):
+                color, style = STYLES[str(solver)]
+                groups = part.groupby("step", sort=True)
+                x = groups[column].median()
+                low, middle, high = (groups[metric].quantile(q).to_numpy() for q in (0.2, 0.5, 0.8))
+                axis.plot(x, middle, style, color=color, label=str(solver), linewidth=1.8)
+                axis.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+            if metric.endswith(("suboptimality", "norm")):
+                axis.set_yscale("log")
+            axis.set_xlabel(name)
+            axis.grid(visible=True, which="major", alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel(label)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    figure.suptitle(f"{title}\nmedian and 20/80 % band over {int(np.max(rows['seed']))} seeds", fontsize=10)
+    for ending in ("png", "pdf"):
+        figure.savefig(path.with_suffix(f".{ending}"), dpi=150)
+    plt.close(figure)

@@ -1,0 +1,358 @@
+"""Runs the solvers of a comparison over seeds, and writes what they did: config.json, history.csv, figure.png, figure.pdf.
+
+Seeds run under vmap in one compiled program.  Seconds are those of a single-seed run timed apart, metrics excluded.  Rows
+are written as soon as they are known, and the solver's state is saved from time to time, so that an interrupted run leaves
+readable results, and goes on, bit for bit, with ``resume``.
+"""
+
+import dataclasses
+import functools
+import json
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pandas as pd
+from tqdm import tqdm
+
+import bilevel_jax
+from bilevel_jax import BilevelState, Carry, Levels, Problem, Result, Solver, Vars, begin, resume, samplers
+from experiments.methods import METHODS, Rates
+
+#: Seconds between two saves of the state of a running solver.
+SAVE_EVERY = 60.0
+
+
+class Task(NamedTuple):
+    """What is compared on: a problem, its data, where to start, and what to measure."""
+
+    name: str
+    note: str  # printed in the figure
+    problem: Problem
+    data: Levels
+    start: Vars
+    measure: Callable[[Vars], dict[str, np.ndarray]]  # variables [seeds, ...] -> {metric: [seeds]}, off the clock
+    labels: dict[str, str]  # metrics of the figure, with their axis labels
+    extra: dict[str, Any] = {}  # noqa: RUF012 (written into config.json as it is)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How much to run, and where to write it."""
+
+    seeds: int = 10
+    """runs of each solver, which differ in their samples"""
+    batch_size: int = 64
+    """rows of a block, of either level"""
+    steps: int | None = None
+    """updates of each solver (default: that of the data set)"""
+    evaluations: int | None = None
+    """how often to measure (default: that of the data set)"""
+    step_size: float | None = None
+    """step size of z and v, for all solvers (default: the best of the paper's grid for each)"""
+    outer_ratio: float | None = None
+    """step size of z over that of x, for all solvers (default: as for the step size)"""
+    out: Path = Path("results")
+    """folder to write to"""
+    resume: bool = False
+    """go on with an interrupted run in the same folder"""
+    overwrite: bool = False
+    """delete what the folder holds"""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "batch_size", "steps", "evaluations"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SystemExit(f"--{name.replace('_', '-')}: got {value}, expected at least 1")
+        for name in ("step_size", "outer_ratio"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise SystemExit(f"--{name.replace('_', '-')}: got {value}, expected a positive number")
+        if self.resume and self.overwrite:
+            raise SystemExit("--resume and --overwrite: got both, expected at most one")
+
+
+def compare(task: Task, names: tuple[str, ...], rates: dict[str, Rates], options: Options, config: dict[str, Any]) -> pd.DataFrame:
+    """Run the solvers on the task, write everything into ``options.out``, and return the history."""
+    steps, evaluations = options.steps, options.evaluations
+    if not steps or not evaluations or steps % evaluations:
+        raise SystemExit(f"--steps: got {steps}, expected a multiple of --evaluations = {evaluations}")
+    every = steps // evaluations
+    record = {**config, **dataclasses.asdict(options), "rates": {n: rates[n]._asdict() for n in names}, **task.extra}
+    store = Store.open(options, record)
+    try:
+        with _interruptible(), tqdm(total=len(names) * evaluations, unit="evaluation", file=sys.stderr) as bar:
+            for name in names:
+                solver, sampler = build(task, name, rates[name], options.batch_size)
+                _run_one(task, name, solver, sampler, store, options.seeds, steps, every, bar)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: what was computed is in {options.out}; go on with --resume", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        store.draw(task)
+    _report(store)
+    return store.history()
+
+
+def build(task: Task, name: str, rates: Rates, batch_size: int) -> tuple[Solver, samplers.Sampler]:
+    """The solver of that name, and the sampler of the comparison: uniform blocks, ragged ones masked."""
+    rows = Levels(*(jax.tree.leaves(part)[0].shape[0] for part in task.data))
+    blocks = Levels(*(samplers.blocks(n, batch_size) for n in rows))
+    return METHODS[name].build(task.problem, rates, blocks), samplers.uniform(batch_size)
+
+
+def seconds(task: Task, solver: Solver, sampler: samplers.Sampler, steps: int, every: int) -> np.ndarray:
+    """Seconds of a single-seed run at each evaluation, metrics and compilation excluded: ``[evaluations]``."""
+    chunk = jax.jit(lambda carry, data: resume(solver, sampler, carry, data, steps=every)[0], donate_argnums=0)
+    carry = begin(solver, sampler, task.start, task.data, jax.random.key(0))
+    jax.block_until_ready(chunk(jax.tree.map(jnp.copy, carry), task.data))
+    spent = []
+    for _ in range(steps // every):
+        tick = time.perf_counter()
+        carry = jax.block_until_ready(chunk(carry, task.data))
+        spent.append(time.perf_counter() - tick)
+    return np.cumsum(spent)
+
+
+def _run_one(
+    task: Task,
+    name: str,
+    solver: Solver,
+    sampler: samplers.Sampler,
+    store: "Store",
+    seeds: int,
+    steps: int,
+    every: int,
+    bar: tqdm,
+) -> None:
+    bar.set_description(name)
+    done = store.last_step(name)
+    if done == steps:
+        bar.update(steps // every)
+        return
+    lanes = _lanes(METHODS[name].coin)
+    start = jax.jit(lambda keys, data: lanes(lambda key: begin(solver, sampler, task.start, data, key), keys))
+    chunk = jax.jit(lambda carry, data: lanes(lambda c: resume(solver, sampler, c, data, steps=every)[0], carry))
+    for part in task.data:  # inside the compiled programs the data are traced, and cannot be checked
+        bilevel_jax.checks.finite("data", part)
+    keys = jax.vmap(jax.random.key)(jnp.arange(1, seeds + 1))
+    carry = start(keys, task.data)
+    clock = store.clock(name, lambda: seconds(task, solver, sampler, steps, every), every)
+    if done is None:
+        store.add(name, 0, 0.0, 0.0, task.measure(carry.state.vars))
+        done = 0
+    else:
+        carry, done = store.restore(name, carry)
+    bar.update(done // every)
+    saved = time.monotonic()
+    while done < steps:
+        try:
+            carry = jax.block_until_ready(chunk(carry, task.data))
+            done += every
+            row = task.measure(carry.state.vars)
+        except KeyboardInterrupt:
+            if int(carry.state.step) == store.last_step(name):
+                store.save(name, carry)
+            raise
+        store.add(name, done, oracle_calls(task, solver, sampler, done), clock[done // every - 1], row)
+        bar.update(1)
+        if done < steps and time.monotonic() - saved > SAVE_EVERY:
+            store.save(name, carry)
+            saved = time.monotonic()
+    store.finish(name, np.asarray(carry.result))
+
+
+def oracle_calls(task: Task, solver: Solver, sampler: samplers.Sampler, steps: int) -> float:
+    """Oracle calls on one batch after a number of steps: gradients, Hessian-vector and cross products, full passes counted
+    as the number of blocks that they read."""
+    shapes = jax.eval_shape(lambda data: sampler.batches(data, jax.random.key(0), 0, 1), task.data)
+    slots = Levels(shapes.slot.inner.count, shapes.slot.outer.count)
+    draw, full = solver.cost
+    inner = full.inner_gradient + full.hessian_vector + full.cross
+    return steps * (sum(draw) + slots.inner * inner + slots.outer * full.outer_gradient)
+
+
+def _lanes(sequential: bool) -> Callable[[Callable[[Any], Carry], Any], Carry]:
+    """Map a function of a key or a carry over seeds.  The step is shared, not mapped over, so that conditions on it stay
+    conditions; a method that flips a coin of its own for each seed runs its seeds one after the other instead."""
+    axes = Carry(BilevelState(None, 0, 0), 0, 0, 0)  # type: ignore[arg-type]
+
+    def over(function: Callable[[Any], Carry], argument: Any) -> Carry:
+        if not sequential:
+            return jax.vmap(function, in_axes=(axes if isinstance(argument, Carry) else 0,), out_axes=axes)(argument)
+        if not isinstance(argument, Carry):
+            out = jax.lax.map(function, argument)
+            return _with_step(out, out.state.step[0])
+        step = argument.state.step
+        out = jax.lax.map(lambda c: function(_with_step(c, step)), _with_step(argument, None))
+        return _with_step(out, out.state.step[0])
+
+    return over
+
+
+def _with_step(carry: Carry, step: Any) -> Carry:
+    return carry._replace(state=carry.state._replace(step=step))
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """The folder of a run."""
+
+    out: Path
+
+    @staticmethod
+    def open(options: Options, record: dict[str, Any]) -> "Store":
+        """Make the folder, or take up an earlier run in it, and write config.json."""
+        out, path = options.out, options.out / "config.json"
+        settings = {k: v for k, v in json.loads(json.dumps(record, default=str)).items() if k not in ("resume", "overwrite")}
+        if options.overwrite and out.exists():
+            if not path.exists() and any(out.iterdir()):
+                raise SystemExit(f"--overwrite: got {out}, which holds no config.json of an earlier run: delete it yourself")
+            shutil.rmtree(out)
+        if options.resume:
+            if not path.exists():
+                raise SystemExit(f"--resume: got {out}, expected a folder with the config.json of an interrupted run")
+            before = json.loads(path.read_text())["settings"]
+            other = [k for k in settings if before.get(k) != settings[k]]
+            if other:
+                differ = ", ".join(f"{k}: {before.get(k)!r} then, {settings[k]!r} now" for k in other)
+                raise SystemExit(f"--resume: the settings differ from those of the run in {out}: {differ}")
+        elif path.exists():
+            raise SystemExit(f"--out: {out} holds a run already: give another folder, --resume or --overwrite")
+        out.mkdir(parents=True, exist_ok=True)
+        versions = {m.__name__: m.__version__ for m in (bilevel_jax, jax, optax, np, pd)}
+        device = jax.devices()[0]
+        machine = {"device": f"{device.platform}: {device.device_kind}", "python": platform.python_version()}
+        text = json.dumps({"settings": settings, "versions": versions, "machine": machine}, indent=2)
+        path.write_text(text + "\n")
+        return Store(out)
+
+    def history(self) -> pd.DataFrame:
+        """The rows so far (a last line cut off by a kill is dropped)."""
+        path = self.out / "history.csv"
+        if not path.exists():
+            return pd.DataFrame({"solver": [], "seed": [], "step": []})
+        text = path.read_text()
+        complete = text[: text.rfind("\n") + 1]
+        if complete != text:
+            path.write_text(complete)
+        return pd.read_csv(path)
+
+    def last_step(self, name: str) -> int | None:
+        """The last step of which the rows of all seeds are known."""
+        rows = self.history()
+        rows = rows[rows["solver"] == name]
+        return None if rows.empty else int(rows["step"].max())
+
+    def add(self, name: str, step: int, calls: float, clock: float, row: dict[str, np.ndarray]) -> None:
+        """Write the rows of all seeds at a step, at once."""
+        seeds = np.arange(1, len(next(iter(row.values()))) + 1)
+        columns = {"solver": name, "seed": seeds, "step": step, "oracle_calls": calls, "seconds": clock}
+        frame = pd.DataFrame({**columns, **row})
+        path = self.out / "history.csv"
+        with path.open("a") as file:
+            file.write(frame.to_csv(index=False, header=not path.stat().st_size))
+
+    def clock(self, name: str, measure: Callable[[], np.ndarray], every: int) -> np.ndarray:
+        """The seconds of a solver, measured once and kept in timing.csv."""
+        path = self.out / "timing.csv"
+        known = pd.read_csv(path) if path.exists() else pd.DataFrame({"solver": [], "step": [], "seconds": []})
+        mine = known[known["solver"] == name]
+        if not mine.empty:
+            return mine["seconds"].to_numpy()
+        spent = measure()
+        rows = pd.DataFrame({"solver": name, "step": every * np.arange(1, len(spent) + 1), "seconds": spent})
+        (pd.concat([known, rows]) if len(known) else rows).to_csv(path, index=False)
+        return spent
+
+    @contextmanager
+    def _manager(self, name: str) -> Iterator[Any]:
+        import orbax.checkpoint as ocp  # slow to import, and needed only by long or interrupted runs
+
+        with ocp.CheckpointManager(
+            (self.out / "checkpoints" / name).absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
+        ) as manager:
+            yield manager
+
+    def save(self, name: str, carry: Carry) -> None:
+        """Save the state of a running solver."""
+        import orbax.checkpoint as ocp
+
+        with self._manager(name) as manager:
+            manager.save(int(carry.state.step), args=ocp.args.StandardSave(carry))
+            manager.wait_until_finished()
+
+    def restore(self, name: str, template: Carry) -> tuple[Carry, int]:
+        """The last saved state and its step; rows that were written after it are dropped, to be computed again."""
+        import orbax.checkpoint as ocp
+
+        carry, step = template, 0
+        if (self.out / "checkpoints" / name).exists():
+            with self._manager(name) as manager:
+                if manager.latest_step() is not None:
+                    step = manager.latest_step()
+                    shapes = jax.eval_shape(lambda: template)
+                    carry = manager.restore(step, args=ocp.args.StandardRestore(shapes))
+        rows = self.history()
+        rows = rows[(rows["solver"] != name) | (rows["step"] <= step)]
+        temporary = self.out / "history.csv.part"
+        rows.to_csv(temporary, index=False)
+        temporary.replace(self.out / "history.csv")
+        return carry, step
+
+    def finish(self, name: str, results: np.ndarray) -> None:
+        """Keep the result codes of a solver that is done, and drop its checkpoint."""
+        path = self.out / "results.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        known[name] = [Result(int(code)).name for code in results]
+        path.write_text(json.dumps(known, indent=2) + "\n")
+        shutil.rmtree(self.out / "checkpoints" / name, ignore_errors=True)
+
+    def draw(self, task: Task) -> None:
+        """figure.png and figure.pdf from the rows so far."""
+        from experiments.figures import comparison
+
+        rows = self.history()
+        if not rows.empty:
+            comparison(rows, task.labels, f"{task.name}. {task.note}", self.out / "figure")
+
+
+def _report(store: Store) -> None:
+    """Say which runs ended badly, and where everything is."""
+    for name, codes in json.loads((store.out / "results.json").read_text()).items():
+        bad = [seed for seed, code in enumerate(codes, 1) if code != Result.SUCCESSFUL.name]
+        if bad:
+            worst = Result[codes[bad[0] - 1]]
+            print(f"{name}: seeds {bad} of {len(codes)} ended with {worst.name}: {worst.message}", file=sys.stderr)
+    print(f"figure: {store.out / 'figure.png'}\nrows: {store.out / 'history.csv'}")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Treat a request to terminate like Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+in_float64 = functools.partial(jax.enable_x64, True)

@@ -1,0 +1,28 @@
+"""Seconds, megabytes and copies: what a step of a solver costs, beside the floor that nobody can go under.
+
+``python -m experiments.speed`` prints two tables and writes them, with ``config.json``, to ``--out``.
+
+*steps.csv*: one row a shape and solver.  ``floor`` is the same compiled loop and the same sampling around the bare derivatives
+and plain SGD, written by hand.
+
+=========================================  ==============================================================================
+``wall_us``, ``process_us``                microseconds a step, median over the repeats
+``wall_over_floor``, ``wall_over_soba``    median over the repeats of the ratio within a repeat; ``process_...`` likewise
+``spread``                                 distance of the quartiles of the wall time, over its median: the noise
+``compile_s``                              seconds to trace, lower and compile
+``peak_mb``, ``data_mb``, ``tables_mb``    memory of the program (arguments, outputs, temporaries, minus what is aliased), and
+                                           how much of it are the data set and the per-block tables
+``finite``                                 whether the run stayed finite; if not, its times mean nothing
+=========================================  ==============================================================================
+
+*tables.csv*: SABA, whose step must never copy a whole table, in the four programs in which users run it: one scan, a host loop
+over a jitted update with donated state (its batches are drawn beforehand), vmapped seeds (times are per seed), and guarded.
+``copies`` counts whole-table copies in the compiled text, and must be 0.
+
+Times on a busy machine.  Solvers alternate inside a repeat, so that ratios compare neighbours in time.  Wall time suffers from
+other programs; process time does not, but on several cores it includes the waiting of XLA's worker threads, which spin.  So
+the comparison is made on one core (``--pin``, the default where the system allows it: Linux), where process time is the
+work done.  ``--no-pin`` shows what a free machine gives; read its wall times.  On an accelerator, too, only wall time counts.
+
+Data are synthetic (Gaussian features, random labels) of the shapes of the papers' data sets; step sizes are constant.
+"""
