@@ -176,7 +176,8 @@ def sweep(*stages: Stage) -> Solver:
         vars = jax.tree.map(jnp.asarray, vars)
         states = tuple(stage.init(vars, b) for stage, b in zip(stages, share(batches), strict=True))
         state = BilevelState(jnp.zeros((), jnp.int32), vars, states)
-        return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+        # With the dtype spelled out the copy is never weakly typed: otherwise the second update would compile anew.
+        return jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype, copy=True), state)
 
     def update(state: BilevelState, batches: Batch) -> BilevelState:
         vars, states = state.vars, []

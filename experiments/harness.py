@@ -316,7 +316,7 @@ class Store:
         path = self.out / "results.json"
         known = json.loads(path.read_text()) if path.exists() else {}
         known[name] = [Result(int(code)).name for code in results]
-        path.write_text(json.dumps(known, indent=2) + "\n")
+        path.write_text(json.dumps(known) + "\n")
         shutil.rmtree(self.out / "checkpoints" / name, ignore_errors=True)
 
     def draw(self, task: Task) -> None:

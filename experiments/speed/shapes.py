@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bilevel_jax import Levels, Problem, Vars
@@ -50,8 +51,7 @@ def ijcnn1(sizes: Sizes) -> Shape:
         outer=lambda z, x, data: loss(z, data),
     )
     data = Levels(*((features, 2.0 * labels.astype(features.dtype) - 1.0) for features, labels in _gaussian(sizes)))
-    p = sizes.features
-    return _shape("ijcnn1", problem, data, Vars(inner=jnp.ones(p), outer=-jnp.ones(p)), sizes)
+    return _shape("ijcnn1", problem, data, _full(1, sizes.features), _full(-1, sizes.features), sizes)
 
 
 def covtype(sizes: Sizes) -> Shape:
@@ -60,22 +60,22 @@ def covtype(sizes: Sizes) -> Shape:
         inner=lambda z, x, data: _cross_entropy(z, *data) + 0.5 * (jnp.exp(x) * (z**2).sum(0)).sum(),
         outer=lambda z, x, data: _cross_entropy(z, *data),
     )
-    start = Vars(inner=jnp.zeros((sizes.features, sizes.classes)), outer=-jnp.ones(sizes.classes))
-    return _shape("covtype", problem, _gaussian(sizes), start, sizes)
+    inner = _full(0, sizes.features, sizes.classes)
+    return _shape("covtype", problem, _gaussian(sizes), inner, _full(-1, sizes.classes), sizes)
 
 
 def cleaning(sizes: Sizes) -> Shape:
     """Data cleaning on MNIST: a weight ``sigmoid(x_i)`` for each inner sample, whose index is a leaf of the data."""
 
-    def inner(z: Array, x: Array, data: tuple[Array, Array, Array]) -> Array:
+    def loss(z: Array, x: Array, data: tuple[Array, Array, Array]) -> Array:
         features, labels, index = data
         return jax.nn.sigmoid(x[index]) * _cross_entropy(z, features, labels) + 0.2 * (z**2).sum()
 
-    problem = Problem(inner=inner, outer=lambda z, x, data: _cross_entropy(z, *data))
+    problem = Problem(inner=loss, outer=lambda z, x, data: _cross_entropy(z, *data))
     data = _gaussian(sizes)
-    data = Levels((*data.inner, jnp.arange(sizes.inner)), data.outer)
-    start = Vars(inner=jnp.zeros((sizes.features, sizes.classes)), outer=jnp.full(sizes.inner, -2.0, jnp.float32))
-    return _shape("cleaning", problem, data, start, sizes)
+    data = Levels((*data.inner, jnp.arange(sizes.inner, dtype=jnp.int32)), data.outer)
+    inner = _full(0, sizes.features, sizes.classes)
+    return _shape("cleaning", problem, data, inner, _full(-2, sizes.inner), sizes)
 
 
 SHAPES: dict[str, Callable[[Sizes], Shape]] = {"ijcnn1": ijcnn1, "covtype": covtype, "cleaning": cleaning}
@@ -94,15 +94,19 @@ def _cross_entropy(z: Array, features: Array, labels: Array) -> Array:
 
 def _gaussian(sizes: Sizes) -> Levels:
     """Per level: standard normal features (float32) and uniform labels (int32)."""
+    rng = np.random.default_rng(0)
 
-    def level(key: Array, rows: int) -> tuple[Array, Array]:
-        first, second = jax.random.split(key)
-        return jax.random.normal(first, (rows, sizes.features)), jax.random.randint(second, (rows,), 0, sizes.classes)
+    def level(rows: int) -> tuple[Array, Array]:
+        features = rng.standard_normal((rows, sizes.features), np.float32)
+        return jnp.asarray(features), jnp.asarray(rng.integers(0, sizes.classes, rows, np.int32))
 
-    keys = jax.random.split(jax.random.key(0))
-    return Levels(level(keys[0], sizes.inner), level(keys[1], sizes.outer))
+    return Levels(level(sizes.inner), level(sizes.outer))
 
 
-def _shape(name: str, problem: Problem, data: Levels, start: Vars, sizes: Sizes) -> Shape:
+def _full(value: float, *shape: int) -> Array:
+    return jnp.full(shape, value, jnp.float32)
+
+
+def _shape(name: str, problem: Problem, data: Levels, inner: Array, outer: Array, sizes: Sizes) -> Shape:
     period = max(1, (sizes.inner + sizes.outer) // (2 * BATCH))
-    return Shape(name, problem, data, start, Vars(0.01, 0.01, 1e-4), period)
+    return Shape(name, problem, data, Vars(inner=inner, outer=outer), Vars(0.01, 0.01, 1e-4), period)

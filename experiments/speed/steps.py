@@ -1,21 +1,23 @@
 """Step times of solvers beside the floor, and SABA in the four programs that must not copy its tables."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pandas as pd
 
-from bilevel_jax import Batch, BilevelState, Carry, Problem, Solver, Vars, begin, guard, resume, samplers, solvers
+from bilevel_jax import Batch, BilevelState, Carry, Levels, Problem, Solver, Vars, begin, guard, resume, samplers, solvers
 from bilevel_jax.results import all_finite
 from bilevel_jax.types import Cost, Loss, Table
 from experiments.speed.shapes import BATCH, FULL, QUICK, SHAPES, Shape
 from experiments.speed.timing import Built, Program, build, copies, interleave, size_bytes
 
 HOST_STEPS = 64  # batches drawn beforehand for the host loop: the steps of one of its calls
+Made = tuple[Program, Built]
 
 
 def floor(problem: Problem, rates: Vars) -> Solver:
@@ -62,46 +64,44 @@ def measure(shapes: Sequence[str], names: Sequence[str], repeats: int, seeds: in
     steps, tables = [], []
     for name in shapes:
         shape = SHAPES[name]((QUICK if quick else FULL)[name])
-        steps += step_rows(shape, names, repeats)
-        if "saba" in names:
-            tables += table_rows(shape, repeats, seeds)
-    return {"steps": pd.DataFrame(steps), "tables": pd.DataFrame(tables)} if tables else {"steps": pd.DataFrame(steps)}
+        made = {name: scan(SOLVERS[name](shape), shape) for name in names}
+        steps += step_rows(shape, made, repeats)
+        if "saba" in made:
+            tables += table_rows(shape, made["saba"], repeats, seeds)
+    found = {"steps": pd.DataFrame(steps), "tables": pd.DataFrame(tables)}
+    return {name: table for name, table in found.items() if len(table)}
 
 
-def step_rows(shape: Shape, names: Sequence[str], repeats: int) -> list[dict[str, Any]]:
+def step_rows(shape: Shape, made: Mapping[str, Made], repeats: int) -> list[dict[str, Any]]:
     """One row a solver: all as one scan with a donated carry, timed in turn."""
-    programs, built = {}, {}
-    for name in names:
-        programs[name], built[name] = scan(SOLVERS[name](shape), shape)
-    times = interleave(programs, repeats)
-    rows = []
-    for name in names:
-        ratios = {}
-        for other in ("floor", "soba"):
-            ratios[f"wall_over_{other}"], ratios[f"process_over_{other}"] = times[name].over(times[other])
-        held = {"data_mb": size_bytes(shape.data) / 1e6, "tables_mb": size_bytes(tables_of(programs[name].carry)) / 1e6}
-        rows.append({"shape": shape.name, "solver": name} | times[name].row() | ratios | _cost(built[name]) | held)
-        rows[-1]["finite"] = stayed_finite(programs[name].carry)
-    return rows
-
-
-def table_rows(shape: Shape, repeats: int, seeds: int) -> list[dict[str, Any]]:
-    """One row a program of SABA."""
-    saba = SOLVERS["saba"](shape)
-    made = {"scan": scan(saba, shape), "host loop": host_loop(saba, shape)}
-    made[f"vmap, {seeds} seeds"] = vmapped(saba, shape, seeds)
-    made["guard"] = scan(guard(saba), shape)
-    counts = {name: copies(built.text, tables_of(program.carry)) for name, (program, built) in made.items()}
     times = interleave({name: program for name, (program, _) in made.items()}, repeats)
     rows = []
     for name, (program, built) in made.items():
-        ratios = dict(zip(("wall_over_scan", "process_over_scan"), times[name].over(times["scan"]), strict=True))
-        row = {"shape": shape.name, "program": name, "copies": counts[name]} | times[name].row() | ratios | _cost(built)
+        ratios = {}
+        for other in ("floor", "soba"):
+            ratios[f"wall_over_{other}"], ratios[f"process_over_{other}"] = times[name].over(times[other])
+        held = {"data_mb": size_bytes(shape.data) / 1e6, "tables_mb": size_bytes(tables_of(program.carry)) / 1e6}
+        row = {"shape": shape.name, "solver": name} | times[name].row() | ratios | _cost(built) | held
         rows.append(row | {"finite": stayed_finite(program.carry)})
     return rows
 
 
-def scan(solver: Solver, shape: Shape) -> tuple[Program, Built]:
+def table_rows(shape: Shape, scanned: Made, repeats: int, seeds: int) -> list[dict[str, Any]]:
+    """One row a program of SABA, whose scan is there already."""
+    saba = SOLVERS["saba"](shape)
+    made = {"scan": scanned, "host loop": host_loop(saba, shape)}
+    made[f"vmap, {seeds} seeds"] = vmapped(saba, shape, seeds)
+    made["guard"] = scan(guard(saba), shape)
+    times = interleave({name: program for name, (program, _) in made.items()}, repeats)
+    rows = []
+    for name, (program, built) in made.items():
+        ratios = dict(zip(("wall_over_scan", "process_over_scan"), times[name].over(times["scan"]), strict=True))
+        row = {"shape": shape.name, "program": name, "copies": copies(built.text, tables_of(program.carry))}
+        rows.append(row | times[name].row() | ratios | _cost(built) | {"finite": stayed_finite(program.carry)})
+    return rows
+
+
+def scan(solver: Solver, shape: Shape) -> Made:
     """``resume`` with a donated carry: the loop that `bilevel_jax.run` is made of."""
     sampler = samplers.uniform(BATCH)
     carry = begin(solver, sampler, shape.start, shape.data, jax.random.key(1))
@@ -109,11 +109,15 @@ def scan(solver: Solver, shape: Shape) -> tuple[Program, Built]:
     return Program(lambda carry: built.call(carry, shape.data)[0], carry, shape.chunk), built
 
 
-def host_loop(solver: Solver, shape: Shape) -> tuple[Program, Built]:
+def host_loop(solver: Solver, shape: Shape) -> Made:
     """A Python loop over a jitted update with a donated state, as `bilevel_jax.stream`; its batches are drawn beforehand."""
-    sampler = samplers.uniform(BATCH)
-    draw = jax.jit(lambda data, step: sampler.batches(data, jax.random.key(1), step, solver.draws)._replace(full=None))
-    batches = [draw(shape.data, step) for step in range(HOST_STEPS)]
+    sampler, rng = samplers.uniform(BATCH), np.random.default_rng(1)
+    counts = [samplers.blocks(len(jax.tree.leaves(part)[0]), BATCH) for part in shape.data]
+    draw = jax.jit(lambda data, plan: sampler.stack(data, plan)._replace(full=None))
+    batches = []
+    for _ in range(HOST_STEPS):
+        block = Levels(*(jnp.asarray(rng.integers(0, count, solver.draws, np.int32)) for count in counts))
+        batches.append(draw(shape.data, samplers.Plan(block, jax.random.key(1)[None])))
     state = solver.init(shape.start, batches[0])
     built = build(jax.jit(solver.update, donate_argnums=0), state, batches[0])
 
@@ -125,7 +129,7 @@ def host_loop(solver: Solver, shape: Shape) -> tuple[Program, Built]:
     return Program(call, state, HOST_STEPS), built
 
 
-def vmapped(solver: Solver, shape: Shape, seeds: int) -> tuple[Program, Built]:
+def vmapped(solver: Solver, shape: Shape, seeds: int) -> Made:
     """The scan, vmapped over keys; a step is a step of one seed."""
     sampler = samplers.uniform(BATCH)
     keys = jax.random.split(jax.random.key(1), seeds)

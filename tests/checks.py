@@ -1,0 +1,200 @@
+"""The checks that the suites run on the library, and that `test_sabotage` runs on broken parts to show that they bite."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from bilevel_jax import Batch, BilevelState, Levels, Solver, Vars
+from bilevel_jax.estimators import page, total
+from bilevel_jax.samplers import Plan, Sampler
+from bilevel_jax.testing import Quadratic
+from bilevel_jax.types import Oracle, Terms
+from tests import references
+from tests.tables import STEPS, distance
+
+ZERO = np.int32(0)
+
+
+def points(q: Quadratic, count: int = 3) -> list[Vars]:
+    """Random (z, v, x)."""
+    rng = np.random.default_rng(0)
+    return [jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), q.start) for _ in range(count)]
+
+
+def whole(q: Quadratic) -> Batch:
+    return Batch(inner=q.data.inner, outer=q.data.outer)
+
+
+def hand(i: int, j: int) -> Plan:
+    """A plan of one draw, made by hand."""
+    return Plan(Levels(jnp.int32(i), jnp.int32(j)), jax.random.key(0))
+
+
+def rows_of(q: Quadratic) -> tuple[references.Arrays, references.Arrays]:
+    inner, outer = ({name: np.asarray(leaf) for name, leaf in part.items()} for part in q.data)
+    return inner, outer
+
+
+def check_solution(oracle: Oracle, q: Quadratic, tol: float = 1e-10) -> None:
+    """At (z*(x), v*(x), x) the directions are 0, 0 and grad h(x)."""
+    for x in (q.start.outer, *(p.outer for p in points(q))):
+        way = total(oracle.terms(q.at(x), whole(q), jnp.int32(0)))
+        assert distance(way.inner, jnp.zeros_like(way.inner)) < tol
+        assert distance(way.aux, jnp.zeros_like(way.aux)) < tol
+        assert distance(way.outer, q.gradient(x)) < tol
+
+
+def check_formulas(oracle: Oracle, q: Quadratic, tol: float = 1e-12) -> None:
+    """At random points every term is that of the NumPy formulas."""
+    g, f = ({name: leaf.mean(0) for name, leaf in part.items()} for part in rows_of(q))
+    for point in points(q):
+        z, v, x = map(np.asarray, point)
+        terms = oracle.terms(point, whole(q), jnp.int32(0))
+        found = [*terms.inner, terms.outer.aux, terms.outer.outer]
+        for got, expected in zip(found, references.inner_terms(g, z, v, x) + references.outer_terms(f, z, x), strict=True):
+            np.testing.assert_allclose(got, expected, atol=tol, rtol=tol)
+        assert terms.outer.inner is None
+
+
+def check_mean_over_blocks(oracle: Oracle, sampler: Sampler, q: Quadratic, counts: tuple[int, int], tol: float = 1e-12) -> None:
+    """The mean of the terms over all (i, j) is the terms of all the data."""
+    data = sampler.whole(q.data)
+    for point in points(q, 2):
+        every = [
+            oracle.terms(point, sampler.gather(data, hand(i, j)), jnp.int32(0))
+            for i in range(counts[0])
+            for j in range(counts[1])
+        ]
+        mean = jax.tree.map(lambda *terms: sum(terms[1:], terms[0]) / len(terms), *every)
+        full = oracle.terms(point, Batch(inner=data.inner, outer=data.outer), jnp.int32(0))
+        assert distance(mean, full) < tol
+
+
+def check_blocks(sampler: Sampler, sizes: tuple[int, int], rows: tuple[int, int]) -> None:
+    """A draw holds the rows of the blocks that its plan names and its slot says, padding weighs nothing, and the mean over
+    the blocks of the weighted sums is the mean over the rows."""
+    data = Levels(*(jnp.arange(float(n)) + 100.0 * level for level, n in enumerate(rows)))
+    counts = [-(-n // size) for n, size in zip(rows, sizes, strict=True)]
+    sums: list[dict[int, float]] = [{}, {}]
+    for i in range(counts[0]):
+        for j in range(counts[1]):
+            batch = sampler.gather(data, hand(i, j))
+            assert batch.slot is not None
+            weights = batch.weight or Levels()
+            for level, block in enumerate((i, j)):
+                got, slot, weight = np.asarray(batch[level]) - 100.0 * level, batch.slot[level], weights[level]
+                assert (int(slot.index), slot.count) == (block, counts[level])
+                assert got.shape == (sizes[level],)
+                own = np.arange(block * sizes[level], min((block + 1) * sizes[level], rows[level]))
+                weight = np.full(len(got), 1 / len(got)) if weight is None else np.asarray(weight)
+                np.testing.assert_array_equal(got[weight > 0], own)
+                assert (weight >= 0).all()
+                sums[level][block] = float(weight @ got)
+    for level, n in enumerate(rows):
+        np.testing.assert_allclose(np.mean(list(sums[level].values())), (n - 1) / 2, rtol=1e-6)
+
+
+def check_passes(sampler: Sampler, data: Levels, counts: tuple[int, int], passes: int = 4) -> None:
+    """Each pass over a level, of its own length, visits every block exactly once; passes differ, and so do the levels."""
+    plan = sampler.plan(data, jax.random.key(3), 0, passes * counts[0] * counts[1])
+    orders = []
+    for blocks, count in zip(plan.block, counts, strict=True):
+        order = np.asarray(blocks).reshape(-1, count)
+        np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(count), (len(order), 1)))
+        assert count == 1 or len({tuple(row) for row in order}) > 1
+        orders.append(order)
+    if counts[0] == counts[1] > 2:
+        assert (orders[0] != orders[1]).any()
+
+
+def coins(probability: float, keys: jax.Array) -> np.ndarray:
+    """Whether PAGE refreshes at each update, seen from outside: the full data of update t are t, those of a draw are 0."""
+
+    def step(state: Any, turn: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        t, key = turn
+        batch = Batch(inner=0.0 * t, key=key, full=Levels(inner=1.0 * t))
+        way, state = estimator.update(oracle, Vars(inner=t), batch, t.astype(jnp.int32), state)
+        return state, way.inner == t
+
+    def oracle(vars: Vars, batch: Batch) -> Terms:
+        del vars
+        return Terms(inner=Vars(inner=batch.inner))
+
+    estimator = page(probability)
+    times = jnp.arange(len(keys), dtype=jnp.float64)
+    start = estimator.init(oracle, Vars(inner=times[0]), Batch(inner=times[0], key=keys[0], full=Levels(inner=times[0])))
+    return np.asarray(lax.scan(step, start, (times, keys))[1])
+
+
+def decay(step: float, library: bool) -> Any:
+    """``step / sqrt(t + 1)``: schedules must be counted right, too."""
+    return optax.sgd(lambda t: step * (t + 1.0) ** -0.5) if library else lambda t: step * (t + 1) ** -0.5
+
+
+def check_golden(update: Any, state: BilevelState, batches: Iterable[Batch], name: str, q: Quadratic, refresh: Any = ()) -> None:
+    """Every iterate of an update with steps ``decay(STEPS)`` equals that of the NumPy reference of ``name``, to 1e-12."""
+    batches = list(batches)
+    sizes = tuple(next(iter(part.values())).shape[1] for part in (batches[0].inner, batches[0].outer))
+    draws = []
+    for batch in batches:
+        assert batch.slot is not None
+        draws.append([(int(i), int(j)) for i, j in zip(batch.slot.inner.index, batch.slot.outer.index, strict=True)])
+    schedules = [decay(step, library=False) for step in STEPS]
+    z, v, x = (np.asarray(part) for part in state.vars)
+    run = references.Run(
+        references.Data(*rows_of(q), sizes=sizes),
+        draws,
+        start=(z, v, x),
+        steps=lambda t: (schedules[0](t), schedules[1](t), schedules[2](t)),
+        refresh=list(refresh),
+    )
+    for batch, expected in zip(batches, references.REFERENCES[name](run), strict=True):
+        state = update(state, batch)
+        for got, part in zip(state.vars, expected, strict=True):
+            np.testing.assert_allclose(got, part, atol=1e-12, rtol=1e-12)
+
+
+def check_same(left: Any, right: Any, tol: float = 0.0) -> None:
+    """Two trees have one structure, the same dtypes and the same values (to ``tol``)."""
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True):
+        name = jax.tree_util.keystr(path)
+        assert a.dtype == b.dtype, name
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_allclose(a, b, rtol=tol, atol=tol, err_msg=name)
+
+
+def walk(solver: Solver, start: Vars, batches: Iterable[Batch]) -> list[Vars]:
+    """The iterates of a solver, one operation at a time: identities hold bit for bit, as nothing is fused."""
+    iterates = []
+    with jax.disable_jit():
+        state = None
+        for batch in batches:
+            state = solver.init(start, batch) if state is None else state
+            state = solver.update(state, batch)
+            iterates.append(state.vars)
+    return iterates
+
+
+def table_copies(text: str, *shape: int) -> list[str]:
+    """The instructions of an optimised program that make a new array of a table's shape (or of one such a lane)."""
+    dims = ",".join(map(str, shape))
+    made = re.compile(rf"= \w+\[(?:\d+,)?{dims}\](?:{{[^}}]*}})? (copy|copy-start|select|concatenate)\(")
+    return [line.strip() for line in text.splitlines() if made.search(line)]
+
+
+def check_no_copies(text: str, *shapes: tuple[int, ...]) -> None:
+    """No whole table is copied in an optimised program, in which its writes are to be found."""
+    for shape in shapes:
+        dims = ",".join(map(str, shape))
+        writes = rf"\[(?:\d+,)?{dims}\](?:{{[^}}]*}})? (?:dynamic-update-slice|scatter|fusion|while)\("
+        assert re.search(writes, text), f"no table of shape {shape} in the program"
+        found = table_copies(text, *shape)
+        assert not found, f"{len(found)} copies of a table of shape {shape}, the first: {found[0]}"
