@@ -247,7 +247,7 @@ class Store:
         complete = text[: text.rfind("\n") + 1]
         if complete != text:
             path.write_text(complete)
-        return pd.read_csv(path)
+        return pd.read_csv(path, float_precision="round_trip")
 
     def last_step(self, name: str) -> int | None:
         """The last step of which the rows of all seeds are known."""
@@ -267,7 +267,7 @@ class Store:
     def clock(self, name: str, measure: Callable[[], np.ndarray], every: int) -> np.ndarray:
         """The seconds of a solver, measured once and kept in timing.csv."""
         path = self.out / "timing.csv"
-        known = pd.read_csv(path) if path.exists() else pd.DataFrame({"solver": [], "step": [], "seconds": []})
+        known = pd.read_csv(path, float_precision="round_trip") if path.exists() else pd.DataFrame({"solver": [], "step": [], "seconds": []})
         mine = known[known["solver"] == name]
         if not mine.empty:
             return mine["seconds"].to_numpy()

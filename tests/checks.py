@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -43,19 +44,25 @@ def rows_of(q: Quadratic) -> tuple[references.Arrays, references.Arrays]:
 
 def check_solution(oracle: Oracle, q: Quadratic, tol: float = 1e-10) -> None:
     """At (z*(x), v*(x), x) the directions are 0, 0 and grad h(x)."""
+
+    @jax.jit
+    def at(x: jax.Array) -> tuple[Vars, jax.Array]:
+        return total(oracle.terms(q.at(x), whole(q), jnp.int32(0))), q.gradient(x)
+
     for x in (q.start.outer, *(p.outer for p in points(q))):
-        way = total(oracle.terms(q.at(x), whole(q), jnp.int32(0)))
+        way, gradient = at(x)
         assert distance(way.inner, jnp.zeros_like(way.inner)) < tol
         assert distance(way.aux, jnp.zeros_like(way.aux)) < tol
-        assert distance(way.outer, q.gradient(x)) < tol
+        assert distance(way.outer, gradient) < tol
 
 
 def check_formulas(oracle: Oracle, q: Quadratic, tol: float = 1e-12) -> None:
     """At random points every term is that of the NumPy formulas."""
     g, f = ({name: leaf.mean(0) for name, leaf in part.items()} for part in rows_of(q))
+    compiled = jax.jit(lambda point: oracle.terms(point, whole(q), jnp.int32(0)))
     for point in points(q):
         z, v, x = map(np.asarray, point)
-        terms = oracle.terms(point, whole(q), jnp.int32(0))
+        terms = compiled(point)
         found = [*terms.inner, terms.outer.aux, terms.outer.outer]
         for got, expected in zip(found, references.inner_terms(g, z, v, x) + references.outer_terms(f, z, x), strict=True):
             np.testing.assert_allclose(got, expected, atol=tol, rtol=tol)
@@ -65,14 +72,19 @@ def check_formulas(oracle: Oracle, q: Quadratic, tol: float = 1e-12) -> None:
 def check_mean_over_blocks(oracle: Oracle, sampler: Sampler, q: Quadratic, counts: tuple[int, int], tol: float = 1e-12) -> None:
     """The mean of the terms over all (i, j) is the terms of all the data."""
     data = sampler.whole(q.data)
+
+    @jax.jit
+    def means(point: Vars) -> tuple[Terms, Terms]:
+        def one(pair: Levels) -> Terms:
+            return oracle.terms(point, sampler.gather(data, Plan(pair, jax.random.key(0))), jnp.int32(0))
+
+        i, j = (jnp.arange(count, dtype=jnp.int32) for count in counts)
+        every = lax.map(one, Levels(jnp.repeat(i, counts[1]), jnp.tile(j, counts[0])))
+        mean = jax.tree.map(lambda leaf: leaf.mean(0), every)
+        return mean, oracle.terms(point, Batch(inner=data.inner, outer=data.outer), jnp.int32(0))
+
     for point in points(q, 2):
-        every = [
-            oracle.terms(point, sampler.gather(data, hand(i, j)), jnp.int32(0))
-            for i in range(counts[0])
-            for j in range(counts[1])
-        ]
-        mean = jax.tree.map(lambda *terms: sum(terms[1:], terms[0]) / len(terms), *every)
-        full = oracle.terms(point, Batch(inner=data.inner, outer=data.outer), jnp.int32(0))
+        mean, full = means(point)
         assert distance(mean, full) < tol
 
 
@@ -129,7 +141,7 @@ def coins(probability: float, keys: jax.Array) -> np.ndarray:
     estimator = page(probability)
     times = jnp.arange(len(keys), dtype=jnp.float64)
     start = estimator.init(oracle, Vars(inner=times[0]), Batch(inner=times[0], key=keys[0], full=Levels(inner=times[0])))
-    return np.asarray(lax.scan(step, start, (times, keys))[1])
+    return np.asarray(jax.jit(partial(lax.scan, step))(start, (times, keys))[1])
 
 
 def decay(step: float, library: bool) -> Any:

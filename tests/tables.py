@@ -1,6 +1,6 @@
 """The table of all solvers, and the small problem they are tested on: adding a solver adds a row here."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -37,15 +37,15 @@ def build(name: str, problem: Problem, steps: Vars = STEPS) -> Solver:
 
 @cache
 def small() -> Quadratic:
-    """The quadratic of most suites, in float64."""
+    """The quadratic of most suites, in float64.  One for all: its making is a hundred small compilations."""
     return quadratic(
-        jax.random.key(0), inner_dim=5, outer_dim=3, inner_samples=12, outer_samples=14, noise=0.1, dtype=jnp.float64
+        jax.random.key(0), inner_dim=5, outer_dim=3, inner_samples=32, outer_samples=32, noise=0.1, dtype=jnp.float64
     )
 
 
 def ragged() -> Sampler:
-    """Draws of `small` with 3 inner blocks (5, 5 and 2 rows) and 4 outer ones (4, 4, 4 and 2 rows)."""
-    return samplers.uniform(5, outer_batch_size=4)
+    """Draws of `small` with 3 inner blocks (12, 12 and 8 rows) and 4 outer ones (9, 9, 9 and 5 rows)."""
+    return samplers.uniform(12, outer_batch_size=9)
 
 
 @cache
@@ -54,10 +54,11 @@ def donated_update(name: str) -> Callable[[BilevelState, Batch], BilevelState]:
     return jax.jit(build(name, small().problem).update, donate_argnums=0)
 
 
-def stream_of(solver: Solver, sampler: Sampler, data: Any, key: jax.Array, count: int) -> Iterator[Batch]:
-    """The batches of ``count`` updates, those that `bilevel_jax.run` would make of the same key."""
-    draw = jax.jit(lambda start: sampler.batches(data, key, start, solver.draws))
-    return (draw(t * solver.draws) for t in range(count))
+@cache
+def stream(draws: int, count: int = 20, seed: int = 7) -> list[Batch]:
+    """The batches of ``count`` updates on `small`, those that `bilevel_jax.run` would make of the same key."""
+    draw = jax.jit(lambda start: ragged().batches(small().data, jax.random.key(seed), start, draws))
+    return [draw(jnp.int32(t * draws)) for t in range(count)]
 
 
 def distance(a: Any, b: Any) -> float:
