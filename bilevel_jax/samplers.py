@@ -23,7 +23,7 @@ class Plan(NamedTuple):
     """The random choices of a stretch of draws, leaves ``[draws]``."""
 
     block: Levels  # int32, of either level
-    key: Array  # typed keys
+    key: Array  # typed keys, one a draw
 
 
 class Sampler(NamedTuple):
@@ -77,11 +77,14 @@ def uniform(batch_size: int, *, outer_batch_size: int | None = None, remainder: 
         ((2, 4), (2, 4), 3, 2)
     """
 
-    def indices(key: Array, start: Array | int, count: int, of: int) -> Array:
-        keys = jax.vmap(lambda t: jax.random.fold_in(key, t))(start + jnp.arange(count, dtype=jnp.int32))
-        return jax.vmap(lambda k: jax.random.randint(k, (), 0, of, jnp.int32))(keys)
+    def choose(key: Array, keys: Array, start: Array | int, of: Levels) -> Levels:
+        del key, start
+        # 32 random bits a level, modulo the number of blocks: uniform to within blocks / 2^32.  Compiling the random numbers
+        # is most of the compile time of a small run, and randint, which is exact, takes twice as long.
+        bits = jax.vmap(lambda k: jax.random.bits(k, (2,), jnp.uint32))(keys)
+        return Levels(*((bits[:, level] % jnp.uint32(count)).astype(jnp.int32) for level, count in enumerate(of)))
 
-    return _block_sampler(indices, batch_size, outer_batch_size, remainder)
+    return _block_sampler(choose, batch_size, outer_batch_size, remainder)
 
 
 def epochs(batch_size: int, *, outer_batch_size: int | None = None, remainder: str = "mask") -> Sampler:
@@ -99,14 +102,19 @@ def epochs(batch_size: int, *, outer_batch_size: int | None = None, remainder: s
         [0, 1, 2]
     """
 
-    def indices(key: Array, start: Array | int, count: int, of: int) -> Array:
+    def order(key: Array, start: Array | int, count: int, of: int) -> Array:
         first = start // of
         passes = first + jnp.arange((count - 1) // of + 2, dtype=jnp.int32)
         keys = jax.vmap(lambda e: jax.random.fold_in(key, e))(passes)
         orders = jax.vmap(lambda k: jax.random.permutation(k, of))(keys)
         return orders.reshape(-1)[start - first * of + jnp.arange(count, dtype=jnp.int32)].astype(jnp.int32)
 
-    return _block_sampler(indices, batch_size, outer_batch_size, remainder)
+    def choose(key: Array, keys: Array, start: Array | int, of: Levels) -> Levels:
+        # the draws' own keys are folded from `key` by their number: those of the passes come from another one
+        passes = jax.random.split(key)[0]
+        return Levels(*(order(jax.random.fold_in(passes, level), start, len(keys), n) for level, n in enumerate(of)))
+
+    return _block_sampler(choose, batch_size, outer_batch_size, remainder)
 
 
 def full() -> Sampler:
@@ -124,7 +132,7 @@ def full() -> Sampler:
 
     def gather(data: Levels, plan: Plan) -> Batch:
         slot = Levels(*(Slot(i, 1) for i in plan.block))
-        return Batch(inner=data.inner, outer=data.outer, key=plan.key, slot=slot)
+        return Batch(inner=data.inner, outer=data.outer, key=_own(plan.key), slot=slot)
 
     return Sampler(plan, gather, lambda data: data)
 
@@ -161,13 +169,20 @@ def from_stream(batches: Iterable[Batch], draws: int) -> Iterator[Batch]:
 
 
 def _keys(key: Array, start: Array | int, count: int) -> Array:
-    """One key per draw, apart from those that choose the blocks."""
-    own = jax.random.fold_in(key, 2)
-    return jax.vmap(lambda t: jax.random.fold_in(own, t))(start + jnp.arange(count, dtype=jnp.int32))
+    """One key per draw."""
+    return jax.vmap(lambda t: jax.random.fold_in(key, t))(start + jnp.arange(count, dtype=jnp.int32))
+
+
+def _own(key: Array) -> Array:
+    """The key that a batch hands on, apart from the bits that chose its blocks; free where nothing uses it."""
+    return jax.random.fold_in(key, 0xBA7C)
 
 
 def _block_sampler(
-    indices: Callable[[Array, Array | int, int, int], Array], batch_size: int, outer_batch_size: int | None, remainder: str
+    choose: Callable[[Array, Array, Array | int, Levels], Levels],
+    batch_size: int,
+    outer_batch_size: int | None,
+    remainder: str,
 ) -> Sampler:
     sizes = Levels(batch_size, batch_size if outer_batch_size is None else outer_batch_size)
     checks.positive_int("batch_size", sizes.inner)
@@ -187,13 +202,9 @@ def _block_sampler(
         return Levels(*found)
 
     def plan(data: Levels, key: Array, start: Array | int, count: int) -> Plan:
-        index = Levels(
-            *(
-                indices(jax.random.fold_in(key, level), start, count, blocks(n, size, remainder))
-                for level, (n, size) in enumerate(zip(counts(data), sizes, strict=True))
-            )
-        )
-        return Plan(index, _keys(key, start, count))
+        of = Levels(*(blocks(n, size, remainder) for n, size in zip(counts(data), sizes, strict=True)))
+        keys = _keys(key, start, count)
+        return Plan(choose(key, keys, start, of), keys)
 
     def gather(data: Levels, plan: Plan) -> Batch:
         parts, weights, slots = [], [], []
@@ -203,7 +214,7 @@ def _block_sampler(
             parts.append(rows)
             weights.append(weight)
             slots.append(Slot(i, count))
-        return Batch(*parts, key=plan.key, slot=Levels(*slots), weight=Levels(*weights))
+        return Batch(*parts, key=_own(plan.key), slot=Levels(*slots), weight=Levels(*weights))
 
     def whole(data: Levels) -> Levels:
         if remainder == "mask":

@@ -26,8 +26,20 @@ from experiments.methods import Name, Rates
 #: only).  MA-SOBA takes SOBA's, SPABA SRBA's and STORM MRBO's.
 BEST = {
     0.5: {"soba": (1.0, 1e-4), "saba": (0.1, 1e-4), "srba": (0.001, 1e-5), "fsla": (0.316, 1e-5), "storm_soba": (0.316, 1e-5)},
-    0.7: {"soba": (0.316, 1e-4), "saba": (0.01, 3.16e-5), "srba": (0.001, 1e-5), "fsla": (0.316, 1e-5), "storm_soba": (0.316, 1e-5)},
-    0.9: {"soba": (1.0, 3.16e-4), "saba": (0.1, 3.16e-4), "srba": (0.001, 1e-5), "fsla": (1.0, 1e-4), "storm_soba": (0.316, 1e-5)},
+    0.7: {
+        "soba": (0.316, 1e-4),
+        "saba": (0.01, 3.16e-5),
+        "srba": (0.001, 1e-5),
+        "fsla": (0.316, 1e-5),
+        "storm_soba": (0.316, 1e-5),
+    },
+    0.9: {
+        "soba": (1.0, 3.16e-4),
+        "saba": (0.1, 3.16e-4),
+        "srba": (0.001, 1e-5),
+        "fsla": (1.0, 1e-4),
+        "storm_soba": (0.316, 1e-5),
+    },
 }
 ALIKE = {"ma_soba": "soba", "spaba": "srba"}
 #: Steps and evaluations on two cores in minutes.

@@ -83,7 +83,9 @@ class Options:
             raise SystemExit("--resume and --overwrite: got both, expected at most one")
 
 
-def compare(task: Task, names: tuple[str, ...], rates: dict[str, Rates], options: Options, config: dict[str, Any]) -> pd.DataFrame:
+def compare(
+    task: Task, names: tuple[str, ...], rates: dict[str, Rates], options: Options, config: dict[str, Any]
+) -> pd.DataFrame:
     """Run the solvers on the task, write everything into ``options.out``, and return the history."""
     steps, evaluations = options.steps, options.evaluations
     if not steps or not evaluations or steps % evaluations:
@@ -247,7 +249,7 @@ class Store:
         complete = text[: text.rfind("\n") + 1]
         if complete != text:
             path.write_text(complete)
-        return pd.read_csv(path, float_precision="round_trip")
+        return pd.read_csv(path)
 
     def last_step(self, name: str) -> int | None:
         """The last step of which the rows of all seeds are known."""
@@ -267,7 +269,7 @@ class Store:
     def clock(self, name: str, measure: Callable[[], np.ndarray], every: int) -> np.ndarray:
         """The seconds of a solver, measured once and kept in timing.csv."""
         path = self.out / "timing.csv"
-        known = pd.read_csv(path, float_precision="round_trip") if path.exists() else pd.DataFrame({"solver": [], "step": [], "seconds": []})
+        known = pd.read_csv(path) if path.exists() else pd.DataFrame({"solver": [], "step": [], "seconds": []})
         mine = known[known["solver"] == name]
         if not mine.empty:
             return mine["seconds"].to_numpy()
@@ -304,10 +306,11 @@ class Store:
                     step = manager.latest_step()
                     shapes = jax.eval_shape(lambda: template)
                     carry = manager.restore(step, args=ocp.args.StandardRestore(shapes))
-        rows = self.history()
-        rows = rows[(rows["solver"] != name) | (rows["step"] <= step)]
+        self.history()  # drops a line cut off
+        header, *lines = (self.out / "history.csv").read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.split(",")[0] != name or int(line.split(",")[2]) <= step]
         temporary = self.out / "history.csv.part"
-        rows.to_csv(temporary, index=False)
+        temporary.write_text("".join([header, *kept]))  # as text: not a digit changes
         temporary.replace(self.out / "history.csv")
         return carry, step
 

@@ -35,7 +35,13 @@ BEST = {
         "storm_soba": (2.0, 0.158),
     },
     # not in the paper: the bundled data, with steps of the same kind
-    "breast_cancer": {"soba": (0.5, 0.1), "saba": (0.05, 0.1), "srba": (0.05, 0.1), "fsla": (0.2, 0.1), "storm_soba": (0.2, 0.1)},
+    "breast_cancer": {
+        "soba": (0.5, 0.1),
+        "saba": (0.05, 0.1),
+        "srba": (0.05, 0.1),
+        "fsla": (0.2, 0.1),
+        "storm_soba": (0.2, 0.1),
+    },
 }
 ALIKE = {"ma_soba": "soba", "spaba": "srba"}
 #: Steps and evaluations that show the claims on two cores in minutes.
@@ -79,9 +85,7 @@ def task(config: Config) -> Task:
     with in_float64():
         wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64 if a.dtype == np.float32 else a.dtype), Levels(inner, outer))
         evaluate = jax.jit(lambda x, guess, wide: logistic.exact(problem, wide)(x, guess))
-        lanes = jax.jit(
-            lambda xs, guesses, wide: jax.lax.map(lambda one: logistic.exact(problem, wide)(*one), (xs, guesses))
-        )
+        lanes = jax.jit(lambda xs, guesses, wide: jax.lax.map(lambda one: logistic.exact(problem, wide)(*one), (xs, guesses)))
     best = reference(config, lambda x, guess: evaluate(x, guess, wide), x, np.zeros(shape))
 
     def measure(vars: Vars) -> dict[str, np.ndarray]:

@@ -149,7 +149,9 @@ def decay(step: float, library: bool) -> Any:
     return optax.sgd(lambda t: step * (t + 1.0) ** -0.5) if library else lambda t: step * (t + 1) ** -0.5
 
 
-def check_golden(update: Any, state: BilevelState, batches: Iterable[Batch], name: str, q: Quadratic, refresh: Any = ()) -> None:
+def check_golden(
+    update: Any, state: BilevelState, batches: Iterable[Batch], name: str, q: Quadratic, refresh: Any = ()
+) -> None:
     """Every iterate of an update with steps ``decay(STEPS)`` equals that of the NumPy reference of ``name``, to 1e-12."""
     batches = list(batches)
     sizes = tuple(next(iter(part.values())).shape[1] for part in (batches[0].inner, batches[0].outer))

@@ -28,7 +28,7 @@ from tests.checks import (
     rows_of,
     whole,
 )
-from tests.tables import PROBABILITY, SOLVERS, STEPS, distance, every_solver, ragged, small, stream
+from tests.tables import PROBABILITY, SOLVERS, STEPS, distance, every_solver, small, stream
 
 both_modes = pytest.mark.parametrize("mode", ["reverse", "forward"])
 
@@ -91,7 +91,9 @@ def entangled() -> tuple[Problem, Vars, Batch]:
 
     def inner(z, x, a):
         joined = jnp.concatenate([z["a"], z["b"]["c"].ravel()])
-        return jnp.sum(jnp.log(jnp.cosh(a * joined[None])), axis=1) * jnp.exp(x["s"]) + jnp.sum(joined**4) * jnp.sum(x["t"] ** 2)
+        return jnp.sum(jnp.log(jnp.cosh(a * joined[None])), axis=1) * jnp.exp(x["s"]) + jnp.sum(joined**4) * jnp.sum(
+            x["t"] ** 2
+        )
 
     def outer(z, x, b):
         return jnp.sin(b @ z["a"]) * x["t"][0] + jnp.exp(-x["s"]) * jnp.sum(z["b"]["c"] ** 3)

@@ -1,0 +1,506 @@
+"""What holds for every solver: transformations, dtypes, trees, resuming, donation, optimisers, and the declared cost."""
+
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.interpreters import partial_eval
+
+from bilevel_jax import (
+    Batch,
+    Levels,
+    Problem,
+    Solver,
+    Vars,
+    begin,
+    descend,
+    guard,
+    implicit,
+    projections,
+    resume,
+    run,
+    samplers,
+    sweep,
+)
+from bilevel_jax import stream as stream_run
+from bilevel_jax.estimators import saga, storm, total
+from bilevel_jax.sweep import take_draw
+from tests.checks import ZERO, check_same, points, walk
+from tests.tables import (
+    PERIOD,
+    PROBABILITY,
+    SOLVERS,
+    STEPS,
+    build,
+    distance,
+    donated_update,
+    every_solver,
+    ragged,
+    small,
+    stream,
+)
+
+# ---- a light problem on trees: z = {"a": [2], "b": {"c": [3]}}, x = [[], [3]] -----------------------------------------
+
+#: name -> dtypes of z and v, of x, of the data.
+DTYPES = {
+    "float32": (jnp.float32,) * 3,
+    "float64": (jnp.float64,) * 3,
+    "bfloat16": (jnp.bfloat16,) * 3,
+    "mixed": (jnp.float32, jnp.float64, jnp.bfloat16),
+}
+
+
+def widest(*arrays: jax.Array) -> Any:
+    return max((a.dtype for a in arrays), key=lambda dtype: dtype.itemsize)
+
+
+def light() -> Problem:
+    """Separable and strongly convex, on trees, in any dtypes."""
+
+    def inner(z, x, a):
+        wide = widest(z["a"], x[0], a)
+        a, s, t = a.astype(wide), x[0].astype(wide), x[1].astype(wide)
+        first, second = z["a"].astype(wide), z["b"]["c"].astype(wide)
+        return 0.5 * a * (first @ first) + s * first.sum() + 0.5 * ((second[None] - a[:, None] * t[None]) ** 2).sum(1)
+
+    def outer(z, x, b):
+        wide = widest(z["a"], x[0], b)
+        fit = (z["b"]["c"].sum().astype(wide) + z["a"].sum().astype(wide) - b.astype(wide)) ** 2
+        return 0.5 * fit + 0.5 * (x[0].astype(wide) ** 2 + (x[1].astype(wide) ** 2).sum())
+
+    return Problem(inner, outer)
+
+
+def light_start(dtypes: Any = DTYPES["float64"]) -> Vars:
+    z, x, _ = dtypes
+    inner = {"a": np.ones(2), "b": {"c": np.full(3, 0.5)}}
+    return Vars(
+        jax.tree.map(lambda leaf: jnp.asarray(leaf, z), inner), None, [jnp.asarray(0.5, x), jnp.asarray([1.0, 2.0, 3.0], x)]
+    )
+
+
+def light_data(dtypes: Any = DTYPES["float64"], shift: float = 0.0) -> Levels:
+    rows = 1.0 + shift + 0.25 * np.cos(np.arange(7))
+    return Levels(jnp.asarray(rows, dtypes[2]), jnp.asarray(rows[:5], dtypes[2]))
+
+
+def light_sampler() -> samplers.Sampler:
+    return samplers.uniform(3, outer_batch_size=2)
+
+
+def first_norm(vars: Vars, data: Levels) -> dict[str, jax.Array]:
+    del data
+    return {"norm": jnp.sqrt((vars.inner["a"] ** 2).sum()), "x": vars.outer[0]}
+
+
+class Traced:
+    """A compiled function that counts how often it was traced."""
+
+    def __init__(self, function: Any, **options: Any):
+        self.count = 0
+
+        def counted(*args: Any) -> Any:
+            self.count += 1
+            return function(*args)
+
+        self.call = jax.jit(counted, **options)
+
+
+@cache
+def compiled_run(name: str) -> Traced:
+    """``(rates, key, data) -> run`` of 8 updates, with 2 evaluations: the solver is built inside."""
+
+    def whole(rates: Vars, key: jax.Array, data: Levels) -> Any:
+        solver = build(name, light(), rates)
+        return run(solver, light_sampler(), light_start(), data, key, steps=8, every=4, metrics=first_norm)
+
+    return Traced(whole)
+
+
+def rates(scale: float = 1.0) -> Vars:
+    return Vars(*(jnp.asarray(np.float64(scale * step)) for step in STEPS))
+
+
+# ---- transformations --------------------------------------------------------------------------------------------------
+
+
+@every_solver
+def test_jit_is_eager(name):
+    """Two updates, so that SRBA takes one of either kind."""
+    solver, update = build(name, small().problem), donated_update(name)
+    batches = stream(solver.draws)[:2]
+    state = solver.init(small().start, batches[0])
+    for eager, batch in zip(walk(solver, small().start, batches), batches, strict=True):
+        state = update(state, batch)
+        check_same(state.vars, eager, tol=1e-13)
+
+
+@every_solver
+def test_vmap_over_keys_and_rates_is_a_loop(name):
+    keys = jax.random.split(jax.random.key(4), 3)
+    lanes = Vars(*(jnp.stack([r, 0.5 * r, 0.25 * r]) for r in rates()))
+    together = jax.jit(jax.vmap(lambda r, k: compiled_run(name).call(r, k, light_data())))(lanes, keys)
+    for lane, key in enumerate(keys):
+        alone = compiled_run(name).call(rates(0.5**lane), key, light_data())
+        check_same(jax.tree.map(lambda leaf, lane=lane: leaf[lane], together), alone, tol=1e-12)
+    assert distance(together[0].state.vars.outer[0][0], together[0].state.vars.outer[0][1]) > 1e-3
+
+
+@every_solver
+def test_new_keys_rates_and_data_do_not_recompile(name):
+    traced = compiled_run(name)
+    _, first = traced.call(rates(), jax.random.key(0), light_data())
+    _, second = traced.call(rates(0.5), jax.random.key(1), light_data(shift=0.5))
+    assert traced.count == 1
+    assert first["step"].tolist() == [0, 4, 8]
+    assert distance(first["norm"][0], second["norm"][0]) == 0
+    assert distance(first["norm"][1], second["norm"][1]) > 1e-4
+
+
+@every_solver
+@pytest.mark.parametrize("guarded", [False, True])
+def test_state_is_stable_under_scan(name, guarded):
+    """Structure, shapes, dtypes and weak types of what update returns are those that it was given."""
+    q, solver = small(), build(name, small().problem)
+    solver = guard(solver) if guarded else solver
+    check_stable(solver, q.start, lambda: ragged().batches(q.data, jax.random.key(0), 0, solver.draws))
+
+
+def check_stable(solver: Solver, start: Vars, make: Callable[[], Batch]) -> None:
+    def both() -> Any:
+        batches = make()
+        state = solver.init(start, batches)
+        return state, solver.update(state, batches)
+
+    state, after = jax.eval_shape(both)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert jax.tree.map(kind, after) == jax.tree.map(kind, state)
+
+
+def kind(leaf: Any) -> str:
+    return f"{leaf.dtype}{leaf.shape}{'weak' if leaf.weak_type else ''}"
+
+
+def test_weakly_typed_variables_do_not_trace_twice():
+    """Scalars as jnp.asarray(1.0) makes them are weakly typed; an update must not make them strong behind one's back."""
+    problem = Problem(lambda z, x, a: 0.5 * (z - x) ** 2 + 0.0 * a, lambda z, x, b: 0.5 * (z - b) ** 2)
+    solver = build("soba", problem)
+    batch = Batch(inner=jnp.zeros((1, 2)), outer=jnp.ones((1, 2)))
+    update = Traced(solver.update)
+    state = solver.init(Vars(jnp.asarray(1.0), None, jnp.asarray(2.0)), batch)
+    for _ in range(3):
+        state = update.call(state, batch)
+    assert update.count == 1
+
+
+def test_number_of_draws_is_that_of_the_stages():
+    problem, opt = light(), optax.sgd(0.1)
+    directions = implicit(problem)
+    stages = [
+        descend(directions, Vars(inner=opt), steps=3),
+        descend(directions, Vars(aux=opt), steps=2, fresh=False),
+        descend(directions, Vars(outer=opt)),
+    ]
+    assert [stage.draws for stage in stages] == [3, 1, 1]
+    assert sweep(*stages).draws == 5
+
+
+# ---- dtypes and trees -------------------------------------------------------------------------------------------------
+
+
+@every_solver
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_dtypes_and_trees_are_kept(name, dtypes):
+    """Of every variable, and of the state of a run on trees; nothing is promoted on the way."""
+    start, data = light_start(DTYPES[dtypes]), light_data(DTYPES[dtypes])
+    solver = guard(build(name, light()))
+    carry, history = jax.eval_shape(
+        lambda key: run(solver, light_sampler(), start, data, key, steps=4, every=2, metrics=first_norm), jax.random.key(0)
+    )
+    expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), start._replace(aux=start.inner))
+    for vars in (carry.state.vars, carry.finite):
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), vars) == expected
+    assert history["norm"].dtype == start.inner["a"].dtype
+    assert history["x"].dtype == start.outer[0].dtype
+
+
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "mixed"])
+def test_low_precision_runs_near_the_high_one(dtypes):
+    """SABA on trees, with tables in the dtypes of the variables."""
+    key, ends = jax.random.key(0), []
+    for dtype in (DTYPES[dtypes], DTYPES["float64"]):
+        start, data, solver = light_start(dtype), light_data(dtype), build("saba", light())
+        carry, _ = jax.jit(lambda k, s=start, d=data, solver=solver: run(solver, light_sampler(), s, d, k, steps=20))(key)
+        ends.append(jax.tree.map(lambda leaf: leaf.astype(jnp.float64), carry.state.vars))
+    assert distance(*ends) < {"float32": 1e-4, "bfloat16": 0.3, "mixed": 0.05}[dtypes]
+    assert distance(ends[0].outer, light_start().outer) > 0.4
+
+
+@every_solver
+def test_trees_move_as_the_vector_does(name):
+    """The quadratic with z cut into nested dictionaries and x into a list, against the quadratic itself."""
+    q = small()
+
+    def join(z, x):
+        return jnp.concatenate([z["a"], z["b"]["c"]]), jnp.concatenate(x)
+
+    cut = Problem(*(lambda z, x, s, loss=loss: loss(*join(z, x), s) for loss in q.problem))
+    start = Vars({"a": q.start.inner[:2], "b": {"c": q.start.inner[2:]}}, None, [q.start.outer[:1], q.start.outer[1:]])
+    solver = build(name, cut)
+    whole, update = build(name, q.problem), jax.jit(solver.update)
+    batches = stream(solver.draws)[:6]
+    state, flat = solver.init(start, batches[0]), whole.init(q.start, batches[0])
+    for batch in batches:
+        state, flat = update(state, batch), donated_update(name)(flat, batch)
+    z, x = join(state.vars.inner, state.vars.outer)
+    v, _ = join(state.vars.aux, state.vars.outer)
+    check_same(Vars(z, v, x), flat.vars, tol=1e-13)
+    assert distance(flat.vars.outer, q.start.outer) > 1e-2
+
+
+# ---- resuming, donation, streaming ------------------------------------------------------------------------------------
+
+
+def through_numpy(tree: Any) -> Any:
+    """A tree saved as NumPy arrays and read back, keys as their data."""
+
+    def save(leaf):
+        return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf).copy()
+
+    def load(leaf, like):
+        return jax.random.wrap_key_data(leaf) if jnp.issubdtype(like.dtype, jax.dtypes.prng_key) else jnp.asarray(leaf)
+
+    return jax.tree.map(load, jax.tree.map(save, tree), tree)
+
+
+@every_solver
+def test_resumed_is_uninterrupted_bit_for_bit(name):
+    """8 updates in one run, and as 4 and 4 with the carry saved through NumPy in between."""
+    key, data, solver = jax.random.key(6), light_data(), build(name, light(), rates())
+    whole, history = compiled_run(name).call(rates(), key, data)
+    half = jax.jit(lambda c: resume(solver, light_sampler(), c, data, steps=4, metrics=first_norm))
+    carry, rows = begin(solver, light_sampler(), light_start(), data, key), []
+    for _ in range(2):
+        carry, row = half(through_numpy(carry))
+        rows.append(row)
+    check_same(carry, whole)
+    check_same(jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows), jax.tree.map(lambda leaf: leaf[1:], history))
+    assert int(carry.state.step) == 8
+
+
+@every_solver
+def test_state_may_be_donated_and_the_start_survives(name):
+    """Twice: the second time from the start that the caller still owns."""
+    q, solver, update = small(), build(name, small().problem), donated_update(name)
+    before, first = jax.tree.map(np.array, q.start), stream(solver.draws)[0]
+    states = []
+    for _ in range(2):
+        state = solver.init(q.start, first)
+        for batch in stream(solver.draws)[:3]:
+            old = state
+            state = update(state, batch)
+            assert old.vars.inner.is_deleted()
+        states.append(state)
+        check_same(jax.tree.map(jnp.asarray, before), q.start)
+    check_same(*states)
+
+
+@every_solver
+def test_no_two_leaves_of_a_state_share_a_buffer(name):
+    q, solver = small(), build(name, small().problem)
+    shared = q.start._replace(aux=q.start.inner)  # one buffer in two variables
+    state = solver.init(shared, stream(solver.draws)[0])
+    places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) if leaf.size]
+    assert len(set(places)) == len(places)
+    assert not {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(shared)} & set(places)
+
+
+def test_init_only_needs_shapes():
+    solver = build("saba", small().problem)
+    batches = stream(1)[0]
+    shapes = jax.eval_shape(lambda b: b, batches)
+    check_same(solver.init(small().start, shapes), solver.init(small().start, batches))
+
+
+def test_stream_is_run():
+    """A host loop over the batches that a run would draw gives its iterates; a state goes on where it was left."""
+    solver, key, data = build("saba", light()), jax.random.key(6), light_data()
+    draw = jax.jit(lambda t: light_sampler().batches(data, key, t, 1))
+    batches = [draw(jnp.int32(t)) for t in range(8)]
+    whole, history = compiled_run("saba").call(rates(), key, data)
+
+    def norm(vars):
+        return first_norm(vars, data)
+
+    ((state, row),) = stream_run(solver, light_start(), iter(batches[:4]), every=4, metrics=norm)
+    rows = [row]
+    kept = jax.tree.map(jnp.copy, state)
+    ((end, row),) = stream_run(solver, kept, iter(batches[4:]), every=4, metrics=norm)
+    rows.append(row)
+    check_same(end, whole.state, tol=1e-14)
+    check_same({k: jnp.stack([r[k] for r in rows]) for k in rows[0]}, jax.tree.map(lambda h: h[1:], history), tol=1e-14)
+    assert int(kept.step) == 4, "the state given was donated"
+    assert list(stream_run(solver, light_start(), iter(batches[:3]), every=4)) == []
+
+
+# ---- optimisers -------------------------------------------------------------------------------------------------------
+
+
+def clip(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.clip(leaf, -0.5, 0.75), tree)
+
+
+OPTIMISERS = {
+    "adam": lambda: optax.adam(0.05),
+    "momentum": lambda: optax.sgd(0.05, momentum=0.9, nesterov=True),
+    "cosine": lambda: optax.sgd(optax.cosine_decay_schedule(0.1, 10)),
+    "projected": lambda: optax.chain(optax.sgd(0.1), projections.project(clip)),
+    "proximal": lambda: optax.chain(optax.sgd(0.1), projections.prox(lambda u, s: jax.tree.map(lambda a: a / (1 + s), u), 0.1)),
+    "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.05, weight_decay=0.01)),
+}
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_optimisers_are_applied_to_the_directions(optimiser):
+    """SOBA against a loop that calls the oracle and optax by hand."""
+    q, opt, terms = small(), OPTIMISERS[optimiser](), jax.jit(implicit(small().problem).terms)
+    solver = SOLVERS["soba"](q.problem, Vars(opt, opt, opt))
+    update = jax.jit(solver.update)
+    vars, batches = points(q)[0], stream(1)[:3]
+    state, states = solver.init(vars, batches[0]), [opt.init(part) for part in vars]
+    with jax.numpy_dtype_promotion("standard"):
+        by_hand = jax.jit(lambda d, s, p: (lambda u, s: (optax.apply_updates(p, u), s))(*opt.update(d, s, p)))
+        for batch in batches:
+            way = total(terms(vars, take_draw(batch, 0), ZERO))
+            pairs = [by_hand(d, s, p) for d, s, p in zip(way, states, vars, strict=True)]
+            vars, states = Vars(*(p for p, _ in pairs)), [s for _, s in pairs]
+    for batch in batches:
+        state = update(state, batch)
+    check_same(state.vars, vars, tol=1e-13)
+    check_same(state.stages[0].opts, Vars(*states), tol=1e-13)
+
+
+@every_solver
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_every_solver_takes_every_optimiser(name, optimiser):
+    """On trees of mixed dtypes: what update returns is shaped as what it was given."""
+    start, data, opt = light_start(DTYPES["mixed"]), light_data(DTYPES["mixed"]), OPTIMISERS[optimiser]()
+    solver = SOLVERS[name](light(), Vars(opt, opt, opt))
+    check_stable(solver, start, lambda: light_sampler().batches(data, jax.random.key(0), 0, solver.draws))
+
+
+# ---- declared cost ----------------------------------------------------------------------------------------------------
+
+# Rows tell the level and whether a product is on a draw or on all the data; columns tell z's matrix from x's.
+ROWS = {3: ("draw", "inner"), 5: ("draw", "outer"), 30: ("full", "inner"), 50: ("full", "outer")}
+DIM_Z, DIM_X = 7, 11
+
+
+def linear() -> tuple[Problem, Vars, Levels]:
+    """Least squares ``|Az + Bx - y|^2 / 2`` at both levels.  In the inner one ``B x`` is formed for every inner gradient and
+    nothing else, ``A'`` for inner gradients and Hessian-vector products, ``B'`` for cross products."""
+
+    def loss(z, x, rows):
+        a, b, y = rows
+        return 0.5 * (a @ z + b @ x - y) ** 2
+
+    def rows(n):
+        rng = np.random.default_rng(n)
+        return tuple(jnp.asarray(rng.normal(size=shape)) for shape in ((n, DIM_Z), (n, DIM_X), (n,)))
+
+    return Problem(loss, loss), Vars(jnp.ones(DIM_Z), None, jnp.ones(DIM_X)), Levels(rows(30), rows(50))
+
+
+def products(jaxpr: Any, share: float = 1.0, refresh: float | None = None) -> Counter:
+    """How often each product with a data matrix is formed: scans multiply, branches of a refresh are averaged.
+
+    Keys are (draw or full, level, "A" or "B", forward or transposed).
+    """
+    found = Counter()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"], None
+            for operand, dims in zip(eqn.invars, contracted, strict=True):
+                shape = operand.aval.shape
+                if len(shape) == 2 and shape[0] in ROWS and shape[1] in (DIM_Z, DIM_X):
+                    way = "forward" if tuple(dims) == (1,) else "transposed"
+                    found[(*ROWS[shape[0]], "A" if shape[1] == DIM_Z else "B", way)] += share
+        elif eqn.primitive.name == "cond":
+            assert refresh is not None, "a branch where none is declared"
+            other, taken = eqn.params["branches"]  # index 1 is the true branch: the refresh
+            found += products(other.jaxpr, share * (1 - refresh), refresh)
+            found += products(taken.jaxpr, share * refresh, refresh)
+        else:
+            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            for inner in jax.tree.leaves(
+                tuple(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+            ):
+                body = getattr(inner, "jaxpr", inner)
+                if hasattr(body, "eqns"):
+                    found += products(body, share * times, refresh)
+    return found
+
+
+def counted_calls(solver: Any, refresh: float | None = None) -> dict[str, tuple]:
+    """Oracle calls of one update, read off its jaxpr without what is never used."""
+    problem, start, data = linear()
+    del problem
+    sampler = samplers.uniform(3, outer_batch_size=5)
+    batches = sampler.batches(data, jax.random.key(0), 0, solver.draws)
+    state = solver.init(start, batches)
+    jaxpr = jax.make_jaxpr(solver.update)(state, batches).jaxpr
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    found, calls = products(jaxpr, refresh=refresh), {}
+    for where in ("draw", "full"):
+        gradients = found[where, "inner", "B", "forward"]
+        vector = found[where, "inner", "A", "transposed"] - gradients
+        cross = found[where, "inner", "B", "transposed"]
+        calls[where] = (gradients, vector, cross, found[where, "outer", "B", "forward"])
+    return calls
+
+
+REFRESH = {"srba": 1 / PERIOD, "spaba": PROBABILITY}
+
+
+@every_solver
+def test_declared_cost_is_that_of_the_program(name):
+    solver = build(name, linear()[0])
+    calls = counted_calls(solver, REFRESH.get(name))
+    np.testing.assert_allclose(calls["draw"], solver.cost.draw, atol=1e-12)
+    np.testing.assert_allclose(calls["full"], solver.cost.full, atol=1e-12)
+    assert sum(solver.cost.draw) >= 4
+
+
+def test_declared_cost_of_stages_with_inner_steps():
+    """Scan lengths are multiplied, and what a stage does not move is not paid for."""
+    problem, opt = linear()[0], optax.sgd(0.1)
+    directions = implicit(problem)
+    solver = sweep(
+        descend(directions, Vars(inner=opt), steps=10, estimator=saga()),
+        descend(directions, Vars(aux=opt), steps=4, estimator=storm(0.5)),
+        descend(directions, Vars(outer=opt), steps=2, fresh=False),
+    )
+    calls = counted_calls(solver)
+    assert calls["draw"] == tuple(solver.cost.draw) == (10, 8, 2, 10)
+    assert calls["full"] == tuple(solver.cost.full) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_both_modes_form_each_product_once(mode):
+    problem, start, data = linear()
+    oracle = implicit(problem, mode=mode)
+    vars, batch = start._replace(aux=start.inner), Batch(inner=data.inner, outer=data.outer)
+    jaxpr = jax.make_jaxpr(lambda v, b: oracle.terms(v, b, ZERO))(vars, batch).jaxpr
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    found = products(jaxpr)
+    assert found["full", "inner", "B", "forward"] == 1
+    assert found["full", "inner", "A", "transposed"] == 2
+    assert found["full", "inner", "B", "transposed"] == 1  # the d_x g of forward mode is not used
+    assert found["full", "inner", "A", "forward"] == 2
