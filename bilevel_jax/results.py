@@ -16,6 +16,14 @@ class Result(enum.IntEnum):
     """How a computation ended, in order of severity."""
 
     SUCCESSFUL = 0
+    MAX_STEPS_REACHED = 1
+    INNER_NOT_CONVERGED = 2
+    STAGNATION = 3
+    ADJOINT_NOT_CONVERGED = 4
+    NEGATIVE_CURVATURE = 5
+    BREAKDOWN = 6
+    SINGULAR = 7
+    DIVERGED = 8
     NONFINITE = 9
 
     @property
@@ -26,6 +34,22 @@ class Result(enum.IntEnum):
 
 _MESSAGES = {
     Result.SUCCESSFUL: "successful",
+    Result.MAX_STEPS_REACHED: "the steps ran out before the tolerance was met: allow more of them, or, where their number was "
+    "meant to be small, go by the residual",
+    Result.INNER_NOT_CONVERGED: "the inner problem was not solved to its tolerance, so that the hypergradient is biased: allow "
+    "more inner steps, or larger ones",
+    Result.STAGNATION: "the residual stopped decreasing above the tolerance, at the limit of the precision; the best iterate "
+    "is kept: loosen the tolerance, add damping, or compute in float64",
+    Result.ADJOINT_NOT_CONVERGED: "the linear system of the hypergradient was not solved to its tolerance: allow its solver "
+    "more steps, start it at the last solution, or add damping",
+    Result.NEGATIVE_CURVATURE: "the matrix is not positive definite, so that the inner variable is not at a strict minimum and "
+    "there is no hypergradient: solve the inner problem further, regularise it, or add damping",
+    Result.BREAKDOWN: "a scalar product vanished or overflowed while the residual was not small; the last finite iterate is "
+    "kept: rescale the losses, add damping, or compute in float64",
+    Result.SINGULAR: "the matrix is singular to the precision used, and the solution is not to be trusted: add damping, "
+    "regularise the inner problem, or compute in float64",
+    Result.DIVERGED: "the steps made the residual grow; the last finite iterate is kept: take a smaller rate, at most 1/L, or "
+    "a larger smoothness constant",
     Result.NONFINITE: "an iterate became NaN or infinite; the last finite variables are kept: try smaller steps",
 }
 

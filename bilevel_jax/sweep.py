@@ -186,8 +186,8 @@ def sweep(*stages: Stage) -> Solver:
             states.append(own)
         return BilevelState(state.step + 1, vars, tuple(states))
 
-    total = [Cost(*(Calls(*map(sum, zip(*part, strict=True))) for part in zip(*(s.cost for s in stages), strict=True)))]
-    return Solver(init, update, draws, total[0])
+    cost = Cost(*(Calls(*map(sum, zip(*part, strict=True))) for part in zip(*(s.cost for s in stages), strict=True)))
+    return Solver(init, update, draws, cost)
 
 
 def per_sweep(schedule: Schedule, steps: int) -> Schedule:

@@ -43,7 +43,7 @@ BEST = {
 }
 ALIKE = {"ma_soba": "soba", "spaba": "srba"}
 #: Steps and evaluations on two cores in minutes.
-LENGTH = {"digits": (2**13, 32), "mnist": (2**14, 32), "fashion_mnist": (2**14, 32)}
+LENGTH = {"digits": (2**13, 32), "mnist": (2**13, 32), "fashion_mnist": (2**13, 32)}
 #: Weight of |z|^2 in the inner loss, without a factor 1/2, as in the paper's code.
 RIDGE = 0.2
 

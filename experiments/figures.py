@@ -34,12 +34,18 @@ def comparison(rows: pd.DataFrame, labels: dict[str, str], title: str, path: Pat
         for axis, (column, name) in zip(row, axes_of.items(), strict=True):
             for solver, part in rows.groupby("solver", sort=False):
                 color, style = STYLES[str(solver)]
-                groups = part.groupby("step", sort=True)
+                # A run that diverged counts as infinitely bad, and is named: left out, it would flatter the others.
+                groups = part.assign(**{metric: part[metric].fillna(np.inf)}).groupby("step", sort=True)
                 x = groups[column].median()
-                low, middle, high = (groups[metric].quantile(q).to_numpy() for q in (0.2, 0.5, 0.8))
-                axis.plot(x, middle, style, color=color, label=str(solver), linewidth=1.8)
+                low, middle, high = (
+                    groups[metric].quantile(q, interpolation="higher").replace(np.inf, np.nan).to_numpy()
+                    for q in (0.2, 0.5, 0.8)
+                )
+                lost = part.loc[part[metric].isna(), "seed"].nunique()
+                legend = f"{solver} ({lost} diverged)" if lost else str(solver)
+                axis.plot(x, middle, style, color=color, label=legend, linewidth=1.8)
                 axis.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-            if metric.endswith(("suboptimality", "norm")):
+            if metric.endswith(("suboptimality", "norm", "error")):
                 axis.set_yscale("log")
             axis.set_xlabel(name)
             axis.grid(visible=True, which="major", alpha=0.25)

@@ -27,7 +27,7 @@ import pandas as pd
 from tqdm import tqdm
 
 import bilevel_jax
-from bilevel_jax import BilevelState, Carry, Levels, Problem, Result, Solver, Vars, begin, resume, samplers
+from bilevel_jax import BilevelState, Carry, Levels, Problem, Result, Solver, Vars, begin, checks, resume, samplers
 from experiments.methods import METHODS, Rates
 
 #: Seconds between two saves of the state of a running solver.
@@ -147,7 +147,7 @@ def _run_one(
     start = jax.jit(lambda keys, data: lanes(lambda key: begin(solver, sampler, task.start, data, key), keys))
     chunk = jax.jit(lambda carry, data: lanes(lambda c: resume(solver, sampler, c, data, steps=every)[0], carry))
     for part in task.data:  # inside the compiled programs the data are traced, and cannot be checked
-        bilevel_jax.checks.finite("data", part)
+        checks.finite("data", part)
     keys = jax.vmap(jax.random.key)(jnp.arange(1, seeds + 1))
     carry = start(keys, task.data)
     clock = store.clock(name, lambda: seconds(task, solver, sampler, steps, every), every)
@@ -254,8 +254,8 @@ class Store:
     def last_step(self, name: str) -> int | None:
         """The last step of which the rows of all seeds are known."""
         rows = self.history()
-        rows = rows[rows["solver"] == name]
-        return None if rows.empty else int(rows["step"].max())
+        steps = rows.loc[rows["solver"] == name, "step"].to_numpy()
+        return int(steps.max()) if steps.size else None
 
     def add(self, name: str, step: int, calls: float, clock: float, row: dict[str, np.ndarray]) -> None:
         """Write the rows of all seeds at a step, at once."""

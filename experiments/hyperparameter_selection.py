@@ -23,10 +23,12 @@ from experiments.data.files import cache_folder
 from experiments.harness import Options, Task, compare, in_float64
 from experiments.methods import Name, Rates
 
-#: Best (step size, outer ratio) of the paper's grids.  SOBA, SABA and FSLA: the figures of 2022.  SRBA: the public
-#: benchmark of 2024.  The others are not in either: MA-SOBA takes SOBA's, SPABA SRBA's and STORM MRBO's.
+#: (step size, outer ratio) of each solver.  MA-SOBA takes SOBA's, SPABA SRBA's.
 BEST = {
-    "ijcnn1": {"soba": (4.0, 1.0), "saba": (0.25, 1.0), "srba": (0.25, 1.0), "fsla": (1.0, 0.316), "storm_soba": (1.0, 0.0316)},
+    # The best of the paper's grid for our budget of which no seed diverges, found with `experiments.grid`.  The paper's own best points are slower here
+    # (SABA .25, 1) or diverge (SOBA 4, 1): see experiments/README.md.
+    "ijcnn1": {"soba": (1.0, 0.316), "saba": (0.5, 1.0), "srba": (0.5, 1.0), "fsla": (0.5, 0.316), "storm_soba": (0.25, 0.316)},
+    # The paper's figures of 2022 (SRBA: the public benchmark of 2024; STORM: MRBO's of 2022).
     "covtype": {
         "soba": (8.0, 0.0398),
         "saba": (0.125, 0.01),
@@ -34,7 +36,7 @@ BEST = {
         "fsla": (2.0, 0.0398),
         "storm_soba": (2.0, 0.158),
     },
-    # not in the paper: the bundled data, with steps of the same kind
+    # Not in the paper: bundled data.
     "breast_cancer": {
         "soba": (0.5, 0.1),
         "saba": (0.05, 0.1),
@@ -45,7 +47,7 @@ BEST = {
 }
 ALIKE = {"ma_soba": "soba", "spaba": "srba"}
 #: Steps and evaluations that show the claims on two cores in minutes.
-LENGTH = {"breast_cancer": (2**15, 32), "ijcnn1": (2**19, 32), "covtype": (2**15, 8)}
+LENGTH = {"breast_cancer": (2**15, 32), "ijcnn1": (2**20, 32), "covtype": (2**15, 8)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,7 @@ def task(config: Config) -> Task:
         }
         if held_out is not None:
             guess = np.einsum("np,spc->snc", held_out[0], np.asarray(vars.inner)).argmax(-1)
-            row["test_error"] = (guess != held_out[1]).mean(1)
+            row["test_error"] = np.not_equal(guess, held_out[1]).mean(1)
         return {name: np.where(finite, value, np.nan) for name, value in row.items()}
 
     return Task(

@@ -17,18 +17,18 @@ from bilevel_jax.samplers import Plan, Sampler
 from bilevel_jax.testing import Quadratic
 from bilevel_jax.types import Oracle, Terms
 from tests import references
-from tests.tables import STEPS, distance
+from tests.tables import STEPS, Setting, distance
 
 ZERO = np.int32(0)
 
 
-def points(q: Quadratic, count: int = 3) -> list[Vars]:
+def points(q: Quadratic | Setting, count: int = 3) -> list[Vars]:
     """Random (z, v, x)."""
     rng = np.random.default_rng(0)
     return [jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), q.start) for _ in range(count)]
 
 
-def whole(q: Quadratic) -> Batch:
+def whole(q: Quadratic | Setting) -> Batch:
     return Batch(inner=q.data.inner, outer=q.data.outer)
 
 

@@ -1,15 +1,16 @@
-"""The table of all solvers, and the small problem they are tested on: adding a solver adds a row here."""
+"""The table of all solvers, and the problems they are tested on: adding a solver adds a row here."""
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
-from bilevel_jax import Batch, BilevelState, Problem, Solver, Vars, samplers, solvers
+from bilevel_jax import Batch, BilevelState, Levels, Problem, Solver, Vars, samplers, solvers
 from bilevel_jax.samplers import Sampler
 from bilevel_jax.testing import Quadratic, quadratic
 
@@ -31,13 +32,60 @@ every_solver = pytest.mark.parametrize("name", SOLVERS)
 
 
 def build(name: str, problem: Problem, steps: Vars = STEPS) -> Solver:
-    """The solver of a row, with optax.sgd of the given step sizes."""
+    """The solver of a row, with optax.sgd of the given step sizes (numbers, or traced)."""
     return SOLVERS[name](problem, Vars(*map(optax.sgd, steps)))
+
+
+# ---- a problem of scalars, for what must compile fast -----------------------------------------------------------------
+
+
+class Setting(NamedTuple):
+    problem: Problem
+    data: Levels
+    start: Vars
+    solution: Vars
+
+
+@cache
+def tiny() -> Setting:
+    """``g_i = a_i z^2 / 2 + x z + b_i z`` and ``f_j = (z - e_j)^2 / 2 + x^2 / 2`` on 7 and 7 rows, in float64.
+
+    ``z* = -(x + b) / a``, ``v* = -(z* - e) / a``, and ``x* = -(b / a^2 + e / a) / (1 + 1 / a^2)``, with the means.
+    """
+    rows = np.arange(7.0)
+    a, b, e = 1 + 0.3 * np.cos(rows), np.sin(rows), 1 + rows / 7
+    scalar = lambda value: jnp.asarray(np.float64(value))  # noqa: E731
+    problem = Problem(lambda z, x, s: 0.5 * s[0] * z**2 + x * z + s[1] * z, lambda z, x, s: 0.5 * (z - s) ** 2 + 0.5 * x**2)
+    x = -(b.mean() / a.mean() ** 2 + e.mean() / a.mean()) / (1 + 1 / a.mean() ** 2)
+    z = -(x + b.mean()) / a.mean()
+    solution = Vars(*map(scalar, (z, -(z - e.mean()) / a.mean(), x)))
+    return Setting(problem, Levels((jnp.asarray(a), jnp.asarray(b)), jnp.asarray(e)), Vars(*map(scalar, (1, 0.5, 2))), solution)
+
+
+def tiny_sampler() -> Sampler:
+    """3 inner blocks (3, 3 and 1 rows) and 4 outer ones (2, 2, 2 and 1 rows)."""
+    return samplers.uniform(3, outer_batch_size=2)
+
+
+@cache
+def donated_update(name: str) -> Callable[[BilevelState, Batch], BilevelState]:
+    """The compiled update of a solver on `tiny`, with a donated state: compiled once for all suites."""
+    return jax.jit(build(name, tiny().problem).update, donate_argnums=0)
+
+
+@cache
+def stream(draws: int, seed: int = 7) -> list[Batch]:
+    """The batches of 20 updates on `tiny`, those that `bilevel_jax.run` would make of the same key."""
+    draw = jax.jit(lambda start: tiny_sampler().batches(tiny().data, jax.random.key(seed), start, draws))
+    return [draw(jnp.int32(t * draws)) for t in range(20)]
+
+
+# ---- the quadratic, for closed forms ----------------------------------------------------------------------------------
 
 
 @cache
 def small() -> Quadratic:
-    """The quadratic of most suites, in float64.  One for all: its making is a hundred small compilations."""
+    """The shipped quadratic, in float64.  One for all suites: its making is a hundred small compilations."""
     return quadratic(
         jax.random.key(0), inner_dim=5, outer_dim=3, inner_samples=32, outer_samples=32, noise=0.1, dtype=jnp.float64
     )
@@ -49,19 +97,13 @@ def ragged() -> Sampler:
 
 
 @cache
-def donated_update(name: str) -> Callable[[BilevelState, Batch], BilevelState]:
-    """The compiled update of a solver on `small`, with a donated state: compiled once for all suites."""
-    return jax.jit(build(name, small().problem).update, donate_argnums=0)
-
-
-@cache
-def stream(draws: int, count: int = 20, seed: int = 7) -> list[Batch]:
-    """The batches of ``count`` updates on `small`, those that `bilevel_jax.run` would make of the same key."""
-    draw = jax.jit(lambda start: ragged().batches(small().data, jax.random.key(seed), start, draws))
-    return [draw(jnp.int32(t * draws)) for t in range(count)]
+def small_stream(draws: int) -> list[Batch]:
+    """The batches of 20 updates on `small`."""
+    draw = jax.jit(lambda start: ragged().batches(small().data, jax.random.key(7), start, draws))
+    return [draw(jnp.int32(t * draws)) for t in range(20)]
 
 
 def distance(a: Any, b: Any) -> float:
     """The largest difference between two trees of one structure; None against None is none."""
-    gaps = jax.tree.map(lambda u, w: jnp.abs(u - w).max(initial=0.0), a, b)
+    gaps = jax.tree.map(lambda u, w: np.abs(np.asarray(u) - np.asarray(w)).max(initial=0.0), a, b)
     return max((float(gap) for gap in jax.tree.leaves(gaps)), default=0.0)

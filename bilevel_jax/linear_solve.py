@@ -1,0 +1,734 @@
+"""Linear systems ``A u = b`` with the matrix given as a function: ``solve(matvec, rhs, guess=None, key=None) -> (u, Stats)``.
+
+In a bilevel problem ``A = d2_zz g`` and ``b = -d_z f``, and the solution is the v of the library's signs.  What a solver meets
+in the numbers never raises: it returns a code, a residual, and a solution without NaN.
+
+Deterministic solvers are differentiated implicitly, ``du = A^-1 (db - dA u)`` with the same solver started at 0: forward and
+reverse, to any order, in the right-hand side and in whatever ``matvec`` closes over, but not in the guess.  Stochastic ones
+(fresh samples, or a key) are differentiated as they are written.
+
+Iterates and scalars are kept in float32 at least; ``matvec`` is given the dtypes of ``rhs``.  On accelerators that round the
+factors of float32 products, solve under ``jax.default_matmul_precision("highest")``: rounded products are not symmetric.
+"""
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+from bilevel_jax import checks
+from bilevel_jax.results import Result, all_finite
+from bilevel_jax.types import Array, PyTree
+
+
+class Stats(NamedTuple):
+    """How a solve ended."""
+
+    code: Array  # int32 [], a `bilevel_jax.Result`
+    residual: Array  # float [], |A u - b|_2 recomputed at the end, where the solver does not call it an estimate
+    steps: Array  # int32 [], applications of A that were done
+
+
+class LinearSolver(NamedTuple):
+    """``solve(matvec, rhs, guess=None, key=None) -> (solution, Stats)``, pytrees in the structure and dtypes of ``rhs``.
+
+    With ``draws > 0`` the solver calls ``matvec(u, k)``, k = 0, ..., draws - 1, so that every application can use a sample of
+    its own; otherwise it calls ``matvec(u)``.
+    """
+
+    solve: Callable[..., tuple[PyTree, Stats]]
+    applications: float  # of A in a call, on average or at most; nan where that depends on the system
+    draws: int = 0
+
+
+class _CG(NamedTuple):
+    u: PyTree  # iterate
+    r: PyTree  # b - A u, by recursion
+    p: PyTree  # direction
+    rr: Array  # float [], r'r
+    scale: Array  # float [], largest |A p| / |p| seen, a lower bound of |A|
+    best: PyTree  # the iterate of smallest true residual, among those checked
+    least: Array  # float [], that residual
+    residual: Array  # float [], the true residual at the last check
+    failures: Array  # int32 [], checks since the true residual halved that had been asked for by the recursive one
+    steps: Array  # int32 []
+    total: Array  # int32 [], applications of A
+    code: Array  # int32 [], -1 as long as nothing has happened
+    checking: Array  # bool [], whether A goes to the iterate next (check), or to the direction (step)
+    done: Array  # bool []
+
+
+def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0, check_every: int = 50) -> LinearSolver:
+    """Conjugate gradients for a symmetric positive definite A: ``|A u - b| <= atol + rtol |b|``, tested on the true residual.
+
+    A small fixed ``max_steps`` is a normal use (AID): MAX_STEPS_REACHED is then information.  Every pass of the loop applies
+    A once, to the direction (a step) or to the iterate (a check), so that under `jax.vmap` no lane pays for another's checks.
+
+    Args:
+        max_steps: most steps.
+        rtol, atol: relative and absolute tolerance; numbers, traced ones too.  rtol: by default the square root of the
+            machine epsilon of ``rhs``.
+        damping: d >= 0 of ``(A + d I) u = b``.
+        check_every: steps from one check of the true residual to the next; the guess and the end are always checked.
+
+    Returns:
+        A solver.  Codes: SUCCESSFUL; MAX_STEPS_REACHED (last iterate); NEGATIVE_CURVATURE (``p'Ap <= eps |A| |p|^2``:
+        the iterate before the step, however small its residual); STAGNATION (three times the residual of the recursion met the
+        tolerance and the true one did not: the best iterate); BREAKDOWN (a scalar under- or overflowed); NONFINITE (A gave
+        NaN: the last finite iterate).  A right-hand side of 0 gives 0, whatever the guess.
+
+    Raises:
+        TypeError, ValueError: for numbers out of range; (when traced) if the guess or ``matvec(u)`` is not shaped like rhs.
+
+    Cost: one application a step, one for the guess, one a check.
+
+    Reference: Hestenes, Stiefel, "Methods of conjugate gradients for solving linear systems", 1952; for bilevel problems Ji,
+    Yang, Liang, "Bilevel optimization: convergence analysis and enhanced design", 2021, arXiv 2010.07962.
+
+    Example:
+        >>> u, stats = cg(max_steps=10).solve(lambda u: jnp.array([1.0, 4.0]) * u, jnp.ones(2))
+        >>> u.round(6).tolist(), Result(int(stats.code)).name, int(stats.steps)
+        ([1.0, 0.25], 'SUCCESSFUL', 3)
+    """
+    checks.positive_int("max_steps", max_steps)
+    checks.positive_int("check_every", check_every)
+    _numbers(zero=True, rtol=0.0 if rtol is None else rtol, atol=atol, damping=damping)
+
+    def iterate(A: Any, b: PyTree, guess: PyTree | None, eps: float, key: Any) -> tuple[PyTree, Stats]:
+        del key
+        rr = _dot(b, b)
+        target = _cast(atol, rr) + _cast(eps**0.5 if rtol is None else rtol, rr) * _norm(b)
+
+        def step(s: _CG, Ap: PyTree) -> _CG:
+            pAp, pp = _dot(s.p, Ap), _dot(s.p, s.p)
+            scale = jnp.maximum(s.scale, jnp.sqrt(_dot(Ap, Ap) / pp))
+            alpha = s.rr / pAp
+            u, r = _add(s.u, alpha, s.p), _add(s.r, -alpha, Ap)
+            rr = _dot(r, r)
+            p = _add(r, rr / s.rr, s.p)
+            scalars = (s.rr > 0) & (pp > 0) & jnp.isfinite(s.rr + pp + pAp)
+            code = _first(
+                (~all_finite(Ap), Result.NONFINITE),
+                (~scalars, Result.BREAKDOWN),
+                (pAp <= eps * scale * pp, Result.NEGATIVE_CURVATURE),
+                (~(jnp.isfinite(rr) & all_finite((u, p))), Result.BREAKDOWN),
+                (s.steps + 1 >= max_steps, Result.MAX_STEPS_REACHED),
+                default=s.code,
+            )
+            check = (jnp.sqrt(rr) <= target) | ((s.steps + 1) % check_every == 0) | (code >= 0)
+            new = s._replace(u=u, r=r, p=p, rr=rr, scale=scale, steps=s.steps + 1, code=code, checking=check)
+            return _where(code > Result.MAX_STEPS_REACHED, s._replace(code=code, checking=check), new)
+
+        def check(s: _CG, Au: PyTree) -> _CG:
+            r = _add(b, -1.0, Au)
+            residual, uAu = _norm(r), _dot(s.u, Au)
+            better = residual < s.least
+            best, least = _where(better, s.u, s.best), jnp.where(better, residual, s.least)
+            claimed = jnp.where(jnp.sqrt(s.rr) <= target, s.failures + 1, s.failures)
+            failures = jnp.where(residual <= s.least / 2, 0, claimed)
+            code = _first(
+                (s.code > Result.MAX_STEPS_REACHED, s.code),
+                (~all_finite(Au), Result.NONFINITE),
+                (uAu < -eps * _norm(s.u) * _norm(Au), Result.NEGATIVE_CURVATURE),  # seen without a step, on a good guess
+                (residual <= target, Result.SUCCESSFUL),
+                (failures >= 2, Result.STAGNATION),
+                default=s.code,
+            )
+            u, residual = _where(code == Result.STAGNATION, (best, least), (s.u, residual))
+            # p = r + beta p_old was made with the r of the recursion: exchange that for the true one.
+            p = jax.tree.map(lambda p, new, old: p + (new - old), s.p, r, s.r)
+            s = s._replace(u=u, r=r, p=p, rr=_dot(r, r), best=best, least=least, residual=residual, failures=failures)
+            return s._replace(code=code, checking=jnp.array(False), done=code >= 0)
+
+        def apply(s: _CG) -> _CG:
+            s = s._replace(total=s.total + 1)
+            return lax.cond(s.checking, check, step, s, A(_where(s.checking, s.u, s.p)))
+
+        zeros, inf, count, no = jax.tree.map(jnp.zeros_like, b), jnp.full_like(rr, jnp.inf), jnp.int32(0), jnp.array(False)
+        begin = _CG(zeros, b, b, rr, jnp.zeros_like(rr), zeros, inf, inf, count, count, count, jnp.int32(-1), no, no)
+        if guess is None:
+            begin = begin._replace(checking=jnp.sqrt(rr) <= target)
+        else:  # the first check turns r = p = 0 into b - A guess
+            begin = begin._replace(u=guess, r=zeros, p=zeros, rr=inf, checking=~no)
+        end = lax.while_loop(lambda s: ~s.done, apply, begin)
+        return end.u, Stats(end.code, end.residual, end.total)
+
+    return _implicit(iterate, max_steps + max_steps // check_every + 2.0, symmetric=True, damping=damping)
+
+
+def neumann(*, terms: int, rate: Any, fresh: bool = False) -> LinearSolver:
+    """Neumann sum (SHIA): ``u = rate sum_{q=0}^{terms} prod_{k<q} (I - rate A_k) b``, by nested products in one pass.
+
+    For a fixed A, ``u = A^-1 (I - (I - rate A)^{terms+1}) b``: a bias of (1 - rate mu)^{terms+1} relative to the solution.
+
+    Args:
+        terms: applications of A; the sum has one summand more.
+        rate: a positive number, at most 1/L, or a traced one.
+        fresh: whether every application uses a sample of its own: A_k is then ``matvec(u, k)``, and ``draws = terms``.
+
+    Returns:
+        A solver, which ignores the guess.  The residual is an estimate, the norm of the last summand over the rate: for a
+        fixed A that is the residual of the sum without it.  Codes: SUCCESSFUL; DIVERGED (the last summand is larger than the
+        first: rate too large; the sum as far as it was finite); NONFINITE.
+
+    Raises:
+        TypeError, ValueError: for numbers out of range; (when traced) if ``matvec(u)`` is not shaped like rhs.
+
+    Cost: ``terms`` applications.
+
+    Reference: Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced design", 2021, arXiv 2010.07962,
+    Algorithm 3.
+
+    Example:
+        >>> u, stats = neumann(terms=2, rate=0.5).solve(lambda u: u, jnp.ones(1))
+        >>> u.tolist()  # 0.5 (1 + 1/2 + 1/4)
+        [0.875]
+    """
+    checks.positive_int("terms", terms)
+    _numbers(rate=rate)
+
+    def iterate(A: Any, b: PyTree, guess: PyTree | None, eps: float, key: Any) -> tuple[PyTree, Stats]:
+        del guess, key
+
+        def term(carry: tuple, k: Array) -> tuple[tuple, None]:
+            r, s, fine = carry
+            new = _add(r, -rate, A(r, k))
+            total = _add(s, 1.0, new)
+            fine &= all_finite(total)
+            return (*_where(fine, (new, total), (r, s)), fine), None
+
+        (r, s, fine), _ = lax.scan(term, (b, b, jnp.array(True)), jnp.arange(terms, dtype=jnp.int32))
+        code = _verdict(_norm(r) > (1 + eps**0.5) * _norm(b), fine)
+        return _scale(rate, s), Stats(code, _norm(r), jnp.int32(terms))
+
+    return _written(iterate, terms, terms) if fresh else _implicit(iterate, terms, symmetric=False)
+
+
+def random_neumann(*, terms: int, rate: Any, fresh: bool = False) -> LinearSolver:
+    """Randomly truncated Neumann series (HIA): ``u = terms rate prod_{k<p} (I - rate A_k) b``, p uniform on 0..terms-1.
+
+    One product, not a sum; over p its mean for a fixed A is ``A^-1 (I - (I - rate A)^terms) b``.
+
+    Args:
+        terms: number of values of p.
+        rate: a positive number, at most 1/L, or a traced one.
+        fresh: whether every application uses a sample of its own: A_k is then ``matvec(u, k)``, with ``draws = terms``
+            (the last of which is never used, as p < terms).
+
+    Returns:
+        A solver that draws p from ``key`` and ignores the guess.  The residual is an estimate, the norm of the product.
+        Codes: SUCCESSFUL; DIVERGED (the product is larger than b; the product as far as it was finite); NONFINITE.
+
+    Raises:
+        TypeError, ValueError: for numbers out of range; (when traced) without a key, or if ``matvec(u)`` is not like rhs.
+
+    Cost: p applications, (terms - 1) / 2 on average; under `jax.vmap` over keys terms - 1.
+
+    Reference: Ghadimi, Wang, "Approximation methods for bilevel programming", 2018, arXiv 1802.02246, Algorithm 3.
+
+    Example:
+        >>> solver = random_neumann(terms=2, rate=0.5)
+        >>> keys = jax.random.split(jax.random.key(0), 100)
+        >>> us = jax.vmap(lambda key: solver.solve(lambda u: u, jnp.ones(1), key=key)[0])(keys)
+        >>> sorted(set(us[:, 0].tolist()))
+        [0.5, 1.0]
+    """
+    checks.positive_int("terms", terms)
+    _numbers(rate=rate)
+
+    def iterate(A: Any, b: PyTree, guess: PyTree | None, eps: float, key: Any) -> tuple[PyTree, Stats]:
+        del guess
+        if key is None:
+            raise ValueError("key: got None, expected a key, from which random_neumann draws the number of its factors")
+        p = jax.random.randint(key, (), 0, terms, jnp.int32)
+
+        def factor(carry: tuple, k: Array) -> tuple[tuple, None]:
+            r, fine = carry
+            new = lax.cond(k < p, lambda r: _add(r, -rate, A(r, k)), lambda r: r, r)
+            fine &= all_finite(new)
+            return (_where(fine, new, r), fine), None
+
+        (r, fine), _ = lax.scan(factor, (b, jnp.array(True)), jnp.arange(terms - 1, dtype=jnp.int32))
+        code = _verdict(_norm(r) > (1 + eps**0.5) * _norm(b), fine)
+        return _scale(terms * rate, r), Stats(code, _norm(r), p)
+
+    return _written(iterate, (terms - 1) / 2, terms if fresh else 0)
+
+
+def richardson(*, steps: int, rate: Any, fresh: bool = False) -> LinearSolver:
+    """Gradient steps (AID-FP, AmIGO): ``u <- u - rate (A_k u - b)`` from the guess, or from 0.
+
+    From 0 and for a fixed A, ``steps`` of them are the Neumann sum of ``steps`` summands.
+
+    Args:
+        steps: number of steps.
+        rate: a positive number, below 2/L, or a traced one.
+        fresh: whether every step uses a sample of its own: A_k is then ``matvec(u, k)``, and ``draws = steps``.
+
+    Returns:
+        A solver.  With ``fresh`` the residual is an estimate, that of the last sample before its step.  Codes: SUCCESSFUL;
+        DIVERGED (the residual has grown, with ``fresh`` by more than ``|b|``; last finite iterate); NONFINITE.
+
+    Raises:
+        TypeError, ValueError: for numbers out of range; (when traced) if the guess or ``matvec(u)`` is not shaped like rhs.
+
+    Cost: ``steps`` applications, and without ``fresh`` one for the residual.
+
+    Reference: Arbel, Mairal, "Amortized implicit differentiation for stochastic bilevel optimization", 2022, arXiv 2111.14580.
+
+    Example:
+        >>> u, stats = richardson(steps=3, rate=0.5).solve(lambda u: u, jnp.ones(1))
+        >>> u.tolist(), stats.residual.tolist()
+        ([0.875], 0.125)
+    """
+    checks.positive_int("steps", steps)
+    _numbers(rate=rate)
+
+    def iterate(A: Any, b: PyTree, guess: PyTree | None, eps: float, key: Any) -> tuple[PyTree, Stats]:
+        del key
+
+        def step(u: PyTree, previous: PyTree, r: PyTree) -> PyTree:
+            del previous
+            return _add(u, rate, r)
+
+        u, first, last, fine = _march(step, A, b, guess, steps)
+        if fresh:
+            return u, Stats(_verdict(last > first + _norm(b), fine), last, jnp.int32(steps))
+        last = _norm(_add(b, -1.0, A(u)))
+        return u, Stats(_verdict(last > first + eps**0.5 * _norm(b), fine), last, jnp.int32(steps + 1))
+
+    return _written(iterate, steps, steps) if fresh else _implicit(iterate, steps + 1.0, symmetric=False)
+
+
+def heavy_ball(*, steps: int, smoothness: Any, strong_convexity: Any) -> LinearSolver:
+    """Heavy ball (AccBiO): ``u_{t+1} = u_t - lam (A u_t - b) + th (u_t - u_{t-1})``, with ``u_1 = u_0`` the guess or 0.
+
+    ``lam = 4 / (sqrt L + sqrt mu)^2``, ``th = max((1 - sqrt(lam mu))^2, (1 - sqrt(lam L))^2)``: about as fast as conjugate
+    gradients in the worst case, ``(sqrt k - 1) / (sqrt k + 1)`` a step with k = L / mu, without a scalar product.
+
+    Args:
+        steps: number of steps.
+        smoothness, strong_convexity: L >= mu > 0, bounds of the eigenvalues of a symmetric A; numbers, traced ones too.
+
+    Returns:
+        A solver.  Codes: SUCCESSFUL; DIVERGED (the residual has grown by more than 2 steps + 1, which correct constants do
+        not allow; last finite iterate); NONFINITE.
+
+    Raises:
+        TypeError, ValueError: for numbers out of range; (when traced) if the guess or ``matvec(u)`` is not shaped like rhs.
+
+    Cost: ``steps`` applications, and one for the residual.
+
+    Reference: Ji, Liang, "Lower bounds and accelerated algorithms for bilevel optimization", 2023, arXiv 2102.03926.
+
+    Example:
+        >>> u, stats = heavy_ball(steps=60, smoothness=4.0, strong_convexity=1.0).solve(
+        ...     lambda u: jnp.array([1.0, 4.0]) * u, jnp.ones(2)
+        ... )
+        >>> u.round(5).tolist()
+        [1.0, 0.25]
+    """
+    checks.positive_int("steps", steps)
+    _numbers(smoothness=smoothness, strong_convexity=strong_convexity)
+    if isinstance(smoothness, int | float) and isinstance(strong_convexity, int | float) and smoothness < strong_convexity:
+        raise ValueError(f"smoothness: got {smoothness}, expected at least strong_convexity, {strong_convexity}")
+
+    def iterate(A: Any, b: PyTree, guess: PyTree | None, eps: float, key: Any) -> tuple[PyTree, Stats]:
+        del key
+        L, mu = (_cast(value, _norm(b)) for value in (smoothness, strong_convexity))
+        lam = 4 / (jnp.sqrt(L) + jnp.sqrt(mu)) ** 2
+        th = jnp.maximum((1 - jnp.sqrt(lam * mu)) ** 2, (1 - jnp.sqrt(lam * L)) ** 2)
+
+        def step(u: PyTree, previous: PyTree, r: PyTree) -> PyTree:
+            return _add(_add(u, lam, r), th, _add(u, -1.0, previous))
+
+        u, first, _, fine = _march(step, A, b, guess, steps)
+        last = _norm(_add(b, -1.0, A(u)))
+        grown = last > (2 * steps + 1) * first + eps**0.5 * _norm(b)
+        return u, Stats(_verdict(grown, fine), last, jnp.int32(steps + 1))
+
+    return _implicit(iterate, steps + 1.0, symmetric=True)
+
+
+def dense(*, positive_definite: bool = True, damping: Any = 0.0) -> LinearSolver:
+    """Direct solution of a small system: A by its columns, then Cholesky, or LU where A is not positive definite.
+
+    Args:
+        positive_definite: whether A is symmetric positive definite.  If it turns out not to be, the solution is that by LU,
+            with the code NEGATIVE_CURVATURE.  False: LU, and derivatives that do not assume symmetry.
+        damping: d >= 0 of ``(A + d I) u = b``.
+
+    Returns:
+        A solver, which ignores the guess.  Codes: SUCCESSFUL; NEGATIVE_CURVATURE; SINGULAR (a pivot vanishes to the precision,
+        or the residual is large; the solution is 0 where there is no finite one); NONFINITE (solution 0).
+
+    Raises:
+        TypeError, ValueError: for a damping out of range; (when traced) if ``matvec(u)`` is not shaped like rhs.
+
+    Cost: as many applications as unknowns, and one for the residual: ``applications`` is nan.  Under `jax.vmap` both
+    factorisations are computed.
+
+    Reference: Golub, Van Loan, "Matrix computations", 1983, chapters 3 and 4.
+
+    Example:
+        >>> u, stats = dense().solve(lambda u: jnp.array([[2.0, 1.0], [1.0, 2.0]]) @ u, jnp.array([3.0, 3.0]))
+        >>> u.round(6).tolist(), Result(int(stats.code)).name
+        ([1.0, 1.0], 'SUCCESSFUL')
+    """
+    _numbers(zero=True, damping=damping)
+
+    def factor(A: Any, like: PyTree, eps: float) -> Callable[..., tuple[PyTree, Stats]]:
+        vector, unravel = ravel_pytree(like)
+        n = vector.size
+        matrix = jax.vmap(lambda e: ravel_pytree(A(unravel(e)))[0], out_axes=1)(jnp.eye(n, dtype=vector.dtype))
+        lower = jnp.linalg.cholesky(matrix) if positive_definite else jnp.full_like(matrix, jnp.nan)
+        definite = jnp.isfinite(lower).all()
+        order = jnp.arange(n, dtype=jnp.int32)
+        factors, order = lax.cond(definite, lambda: (lower, order), lambda: jax.scipy.linalg.lu_factor(matrix))
+        pivots = jnp.abs(jnp.diagonal(factors))
+        pivots = jnp.where(definite, pivots**2, pivots)
+        code = _first(
+            (~jnp.isfinite(matrix).all(), Result.NONFINITE),
+            (~(pivots.min() > n * eps * pivots.max()), Result.SINGULAR),
+            (~definite & positive_definite, Result.NEGATIVE_CURVATURE),
+            default=jnp.int32(Result.SUCCESSFUL),
+        )
+
+        def inverse(transpose: int, A: Any, b: PyTree) -> tuple[PyTree, Stats]:
+            y = ravel_pytree(b)[0]
+            x = lax.cond(
+                definite,
+                lambda: jax.scipy.linalg.cho_solve((factors, True), y),
+                lambda: jax.scipy.linalg.lu_solve((factors, order), y, trans=transpose),
+            )
+            u = unravel(jnp.where(jnp.isfinite(x).all(), x, jnp.zeros_like(x)))
+            residual = _norm(_add(b, -1.0, A(u)))
+            bad = ~(residual <= eps**0.25 * _norm(b))
+            return u, Stats(jnp.where(bad, jnp.maximum(code, jnp.int32(Result.SINGULAR)), code), residual, jnp.int32(n + 1))
+
+        return inverse
+
+    def solve(matvec: Any, rhs: PyTree, guess: PyTree = None, key: Any = None) -> tuple[PyTree, Stats]:
+        del key
+        A, b, _, narrow, eps = _prepare(matvec, rhs, guess, damping)
+        A, consts = jax.closure_convert(A, b)
+        with jax.default_matmul_precision("highest"):
+            # Factorised once, for the derivatives too.
+            inverse = factor(lambda u: A(u, *lax.stop_gradient(consts)), b, eps)
+            solves = partial(inverse, 0), partial(inverse, 1)
+            u, stats = _linear(lambda u: A(u, *consts), b, *solves, positive_definite)
+        return narrow(u), stats
+
+    return LinearSolver(solve, float("nan"))
+
+
+def auto(
+    *,
+    positive_definite: bool = True,
+    dense_below: int = 512,
+    max_steps: int = 1000,
+    rtol: Any = None,
+    atol: Any = 0.0,
+    damping: Any = 0.0,
+) -> LinearSolver:
+    """`dense` for systems of at most ``dense_below`` unknowns; above, `cg`, or GMRES where A is not symmetric.
+
+    The choice is made from shapes, when the call is traced.  The normal equations are never formed: they square the
+    condition number.
+
+    Args:
+        positive_definite: whether A is symmetric positive definite.  False above ``dense_below`` needs lineax.
+        dense_below: largest number of unknowns solved directly; 0 for none.
+        max_steps, rtol, atol: of the iterative solvers, as for `cg`; GMRES starts anew every 20 applications.
+        damping: d >= 0 of ``(A + d I) u = b``.
+
+    Returns:
+        A solver, whose codes are those of `dense`, `cg` or `from_lineax`.
+
+    Raises:
+        TypeError, ValueError: for numbers out of range; (when traced) if the guess or ``matvec(u)`` is not shaped like rhs.
+        ImportError: (when traced) if lineax is needed and not installed.
+
+    Cost: that of `dense` or `cg`; ``applications`` is the larger one.
+
+    Example:
+        >>> u, stats = auto().solve(lambda u: {"w": 2 * u["w"]}, {"w": jnp.ones(3)})
+        >>> u["w"].round(6).tolist()
+        [0.5, 0.5, 0.5]
+    """
+    checks.positive_int("dense_below", dense_below, 0)
+    small = dense(positive_definite=positive_definite, damping=damping)
+    large = cg(max_steps=max_steps, rtol=rtol, atol=atol, damping=damping)
+
+    def solve(matvec: Any, rhs: PyTree, guess: PyTree = None, key: Any = None) -> tuple[PyTree, Stats]:
+        checks.floating("rhs", rhs)
+        size = sum(leaf.size for leaf in jax.tree.leaves(rhs))
+        if size <= dense_below:
+            return small.solve(matvec, rhs, guess, key)
+        if positive_definite:
+            return large.solve(matvec, rhs, guess, key)
+        why = f"auto: a system of {size} unknowns that is not positive definite, above dense_below={dense_below}"
+        tolerance = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(rhs)) ** 0.5 if rtol is None else rtol
+        gmres = _lineax(why).GMRES(rtol=tolerance, atol=atol, max_steps=-(-max_steps // 20), restart=20)
+        return from_lineax(gmres, damping=damping).solve(matvec, rhs, guess, key)
+
+    return LinearSolver(solve, max(dense_below + 1.0, large.applications))
+
+
+def from_lineax(
+    solver: Any, *, positive_definite: bool = False, symmetric: bool | None = None, damping: Any = 0.0
+) -> LinearSolver:
+    """A solver of lineax: CG, GMRES, BiCGStab, LU, and the others that take a square matrix given as a function.
+
+    Args:
+        solver: such as ``lineax.GMRES(rtol=1e-6, atol=1e-6)``.  Its tolerances hold entry by entry.
+        positive_definite: whether A is symmetric positive definite; CG and Cholesky ask for it.
+        symmetric: whether A is symmetric; by default what ``positive_definite`` says.
+        damping: d >= 0 of ``(A + d I) u = b``.
+
+    Returns:
+        A solver.  Codes are those of lineax with these exceptions: NEGATIVE_CURVATURE if A is said to be positive definite
+        and ``u'Au`` or ``b'Ab`` is not positive (lineax reports success); SINGULAR if there is no finite solution (0 or the
+        guess is returned), or a success whose residual is larger than b; NONFINITE if A gives NaN.  ``steps`` is an estimate
+        from lineax's own count, at most too large.
+
+    Raises:
+        ImportError: if lineax is not installed.
+        TypeError, ValueError: for anything but a solver of lineax, for contradictory properties, and for a damping out of
+            range; (when traced) if the guess or ``matvec(u)`` is not shaped like rhs, or if lineax refuses the matrix.
+
+    Cost: that of the solver, and two applications.
+
+    Reference: Rader, Lyons, Kidger, "Lineax: unified linear solves and linear least-squares in JAX and Equinox", 2023,
+    arXiv 2311.17283.
+
+    Example:
+        >>> import lineax
+        >>> u, stats = from_lineax(lineax.LU()).solve(lambda u: jnp.array([[0.0, 2.0], [1.0, 0.0]]) @ u, jnp.ones(2))
+        >>> u.tolist()
+        [1.0, 0.5]
+    """
+    lx = _lineax("from_lineax")
+    if not isinstance(solver, lx.AbstractLinearSolver):
+        raise TypeError(f"solver: got {type(solver).__name__}, expected a solver of lineax")
+    if positive_definite and symmetric is False:
+        raise ValueError("symmetric: got False, expected True or None, because positive_definite is True")
+    _numbers(zero=True, damping=damping)
+    tags = lx.positive_semidefinite_tag if positive_definite else lx.symmetric_tag if symmetric else ()
+    codes = {
+        "max_steps_reached": Result.MAX_STEPS_REACHED,
+        "stagnation": Result.STAGNATION,
+        "breakdown": Result.BREAKDOWN,
+        "singular": Result.SINGULAR,
+        "conlim": Result.SINGULAR,
+        "nonfinite_input": Result.NONFINITE,
+    }
+    each = {"GMRES": getattr(solver, "restart", 0) + 1, "BiCGStab": 2}.get(type(solver).__name__, 1)
+
+    def iterate(A: Any, b: PyTree, guess: PyTree | None, eps: float, key: Any) -> tuple[PyTree, Stats]:
+        del key
+        operator = lx.FunctionLinearOperator(A, jax.eval_shape(lambda: b), tags)
+        options = {} if guess is None else {"y0": guess}
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            found = lx.linear_solve(operator, b, solver, options=options, throw=False)
+        fine = all_finite(found.value)
+        u = _where(fine, found.value, jax.tree.map(jnp.zeros_like, b) if guess is None else guess)
+        Au, Ab = A(u), A(b)
+        residual = _norm(_add(b, -1.0, Au))
+
+        def flat(u: PyTree, Au: PyTree) -> Array:
+            return (_dot(u, Au) <= eps * _norm(u) * _norm(Au)) & (_norm(u) > 0) & positive_definite
+
+        code = _first(
+            (~all_finite((Au, Ab)), Result.NONFINITE),
+            (flat(u, Au) | flat(b, Ab), Result.NEGATIVE_CURVATURE),
+            *((found.result == getattr(lx.RESULTS, theirs), ours) for theirs, ours in codes.items()),
+            (~fine | (residual > _norm(b)), Result.SINGULAR),
+            default=jnp.int32(Result.SUCCESSFUL),
+        )
+        count = jnp.asarray(found.stats.get("num_steps", sum(leaf.size for leaf in jax.tree.leaves(b))), jnp.int32)
+        return u, Stats(code, residual, each * count + 2)
+
+    most = getattr(solver, "max_steps", None)
+    applications = float("nan") if most is None else each * most + 2.0
+    return _implicit(iterate, applications, symmetric=symmetric or positive_definite, damping=damping)
+
+
+#: ``(A, b, guess, eps, key) -> (u, Stats)`` on trees of one dtype, with ``A(u, k)``; eps is the precision of the products.
+_Iterate = Callable[..., tuple[PyTree, Stats]]
+
+
+def _prepare(matvec: Any, rhs: PyTree, guess: PyTree | None, damping: Any) -> tuple:
+    """``A + d I``, b and the guess in one dtype of at least float32; the way back; the machine epsilon of the products."""
+    checks.floating("rhs", rhs)
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(rhs)]
+    wide = max((np.dtype(np.float32), *dtypes), key=lambda d: jnp.finfo(d).bits)
+    widen = partial(jax.tree.map, lambda leaf: jnp.asarray(leaf, wide))
+    if guess is not None:
+        checks.same_shapes("guess", guess, rhs, "rhs")
+        guess = _where(all_finite(guess), widen(guess), jax.tree.map(jnp.zeros_like, widen(guess)))
+
+    def narrow(u: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), u, rhs)
+
+    def apply(u: PyTree, *k: Array) -> PyTree:
+        product = matvec(narrow(u), *k)
+        checks.same_shapes("matvec(u)", product, rhs, "rhs")
+        return widen(product) if isinstance(damping, float) and damping == 0 else _add(widen(product), damping, u)
+
+    return apply, widen(rhs), guess, narrow, max(float(jnp.finfo(d).eps) for d in dtypes)
+
+
+def _checked(iterate: Callable[[PyTree, PyTree | None], tuple[PyTree, Stats]], b: PyTree, guess: PyTree | None) -> Any:
+    """A right-hand side that is 0 starts at 0; one that is not finite gives 0 and the code NONFINITE."""
+    zeros, fine = jax.tree.map(jnp.zeros_like, b), all_finite(b)
+    b = _where(fine, b, zeros)
+    u, stats = iterate(b, None if guess is None else _where(_norm(b) > 0, guess, zeros))
+    residual = jnp.where(fine, stats.residual, jnp.full_like(stats.residual, jnp.nan))
+    return u, Stats(_first((~fine, Result.NONFINITE), default=stats.code), residual, stats.steps)
+
+
+def _linear(A: Any, b: PyTree, solve: Any, transpose_solve: Any, symmetric: bool) -> tuple[PyTree, Stats]:
+    """``A^-1 b``: linear in b to the transformations of jax, whatever the solver does."""
+
+    def inverse(solve: Any, A: Any, b: PyTree) -> tuple[PyTree, Stats]:
+        return _checked(lambda b, _: solve(A, b), b, None)
+
+    both = partial(inverse, solve), partial(inverse, transpose_solve)
+    return lax.custom_linear_solve(A, b, *both, symmetric=symmetric, has_aux=True)
+
+
+def _implicit(iterate: _Iterate, applications: float, *, symmetric: bool, damping: Any = 0.0) -> LinearSolver:
+    """A deterministic solver: ``du = A^-1 (db - dA u)``."""
+
+    def solve(matvec: Any, rhs: PyTree, guess: PyTree = None, key: Any = None) -> tuple[PyTree, Stats]:
+        del key
+        A, b, guess, narrow, eps = _prepare(matvec, rhs, guess, damping)
+        A, consts = jax.closure_convert(A, b)  # one trace of matvec; all that may have a derivative becomes an argument
+
+        def inverse(A: Any, b: PyTree) -> tuple[PyTree, Stats]:
+            return iterate(lambda u, *_: A(u), b, None, eps, None)
+
+        def from_zero(b: PyTree, consts: Any) -> tuple[PyTree, Stats]:
+            return _linear(lambda u: A(u, *consts), b, inverse, inverse, symmetric)
+
+        def from_guess(b: PyTree, guess: PyTree, consts: Any) -> tuple[PyTree, Stats]:
+            return _checked(lambda b, guess: iterate(lambda u, *_: A(u, *consts), b, guess, eps, None), b, guess)
+
+        if guess is None:
+            u, stats = from_zero(b, consts)
+        else:
+            u, stats = _with_guess(from_guess, from_zero, A, b, guess, consts)
+        return narrow(u), stats
+
+    return LinearSolver(solve, applications)
+
+
+def _with_guess(from_guess: Any, from_zero: Any, A: Any, b: PyTree, guess: PyTree, consts: Any) -> tuple[PyTree, Stats]:
+    """The rule of `_linear`, written out, because the systems of the derivatives must not start at the guess."""
+    from_guess, rates = jax.closure_convert(from_guess, b, guess, consts)
+
+    @jax.custom_jvp
+    def solution(b: PyTree, guess: PyTree, consts: Any, rates: Any) -> tuple[PyTree, Stats]:
+        return from_guess(b, guess, consts, *rates)
+
+    @solution.defjvp
+    def _(primals: tuple, tangents: tuple) -> tuple:
+        (b, _, consts, _), (db, _, dconsts, _) = primals, tangents
+        u, stats = solution(*primals)
+        _, change = jax.jvp(lambda b, consts: _add(b, -1.0, A(u, *consts)), (b, consts), (db, dconsts))
+        none: Any = np.zeros((), jax.dtypes.float0)
+        return (u, stats), (from_zero(change, consts)[0], Stats(none, jnp.zeros_like(stats.residual), none))
+
+    return solution(b, guess, consts, rates)
+
+
+def _written(iterate: _Iterate, applications: float, draws: int) -> LinearSolver:
+    """A stochastic solver, differentiated as it is written."""
+
+    def solve(matvec: Any, rhs: PyTree, guess: PyTree = None, key: Any = None) -> tuple[PyTree, Stats]:
+        A, b, guess, narrow, eps = _prepare(matvec, rhs, guess, 0.0)
+        apply = A if draws else lambda u, k: A(u)
+        u, stats = _checked(lambda b, guess: iterate(apply, b, guess, eps, key), b, guess)
+        return narrow(u), stats
+
+    return LinearSolver(solve, float(applications), draws)
+
+
+def _march(step: Any, A: Any, b: PyTree, guess: PyTree | None, steps: int) -> tuple[PyTree, Array, Array, Array]:
+    """``step(u, previous u, b - A u)`` from the guess or 0: the last finite u, the first and the last |b - A u|, all finite."""
+    u = jax.tree.map(jnp.zeros_like, b) if guess is None else guess
+
+    def body(carry: tuple, k: Array) -> tuple[tuple, Array]:
+        u, previous, fine = carry
+        r = _add(b, -1.0, A(u, k))
+        new = step(u, previous, r)
+        fine &= all_finite(new)
+        return (*_where(fine, (new, u), (u, previous)), fine), _norm(r)
+
+    (u, _, fine), residuals = lax.scan(body, (u, u, jnp.array(True)), jnp.arange(steps, dtype=jnp.int32))
+    return u, residuals[0], residuals[-1], fine
+
+
+def _verdict(grown: Array, fine: Array) -> Array:
+    """Of a method without a tolerance."""
+    return _first((grown, Result.DIVERGED), (~fine, Result.NONFINITE), default=jnp.int32(Result.SUCCESSFUL))
+
+
+def _first(*cases: tuple[Array, Any], default: Array) -> Array:
+    """The code of the first case that holds."""
+    for condition, code in reversed(cases):
+        default = jnp.where(condition, jnp.asarray(code, jnp.int32), default)
+    return default
+
+
+def _dot(a: PyTree, b: PyTree) -> Array:
+    vdot = partial(jnp.vdot, precision=lax.Precision.HIGHEST)
+    return jnp.stack([vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]).sum()
+
+
+def _norm(a: PyTree) -> Array:
+    """The Euclidean norm, safe from under- and overflow: 0 for 0 only."""
+    largest = jnp.stack([jnp.abs(leaf).max(initial=0) for leaf in jax.tree.leaves(a)]).max()
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest))
+    scaled = jax.tree.map(lambda leaf: leaf / unit, a)
+    return unit * jnp.sqrt(_dot(scaled, scaled))
+
+
+def _cast(value: Any, like: Array) -> Array:
+    return jnp.asarray(value, like.dtype)
+
+
+def _add(a: PyTree, s: Any, b: PyTree) -> PyTree:
+    """``a + s b``."""
+    return jax.tree.map(lambda x, y: x + _cast(s, x) * y, a, b)
+
+
+def _scale(s: Any, a: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: _cast(s, x) * x, a)
+
+
+def _where(condition: Array, a: PyTree, b: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def _numbers(zero: bool = False, **values: Any) -> None:
+    """Raise unless every value is a positive finite number (or 0, if ``zero``); arrays, which may be traced, pass."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
+            raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a number")
+        if isinstance(value, int | float | np.number) and not (0 < value < np.inf or (zero and value == 0)):
+            raise ValueError(f"{name}: got {value}, expected a finite number {'of at least' if zero else 'above'} 0")
+
+
+def _lineax(why: str) -> Any:
+    try:
+        return importlib.import_module("lineax")
+    except ImportError as error:
+        raise ImportError(f"{why}: needs lineax, which is not installed: pip install lineax") from error

@@ -1,0 +1,369 @@
+"""Bad input: refused before anything is compiled, with the name of the argument, what was given and what was expected."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bilevel_jax import Batch, Levels, Problem, Vars, begin, descend, guard, implicit, per_sweep, run, samplers, solvers, sweep
+from bilevel_jax import stream as stream_run
+from bilevel_jax.estimators import ema, page, saga, sarah, storm
+from bilevel_jax.testing import quadratic
+from tests.checks import ZERO
+from tests.tables import SOLVERS, every_solver
+
+ROWS = (10, 6)
+OPTS = Vars(*map(optax.sgd, (0.1, 0.1, 0.1)))
+
+
+def good() -> Problem:
+    return Problem(lambda z, x, a: ((z[None] - a) ** 2).sum(1) + x.sum() * z.sum(), lambda z, x, b: ((z[None] - b) ** 2).sum(1))
+
+
+def start() -> Vars:
+    return Vars(jnp.ones(2), None, jnp.ones(3))
+
+
+def data(**changes: Any) -> Levels:
+    return Levels(*(jnp.ones((n, 2)) for n in ROWS))._replace(**changes)
+
+
+def go(
+    problem: Problem | None = None,
+    solver: Any = None,
+    sampler: Any = None,
+    vars: Any = None,
+    data: Any = data,
+    key: Any = None,
+    steps: Any = 4,
+    **options: Any,
+) -> Any:
+    """A run that is fine, with what is given changed."""
+    solver = solvers.soba(problem or good(), OPTS) if solver is None else solver
+    return run(
+        solver,
+        samplers.uniform(2) if sampler is None else sampler,
+        start() if vars is None else vars,
+        data() if callable(data) else data,
+        jax.random.key(0) if key is None else key,
+        steps=steps,
+        **options,
+    )
+
+
+def step(solver: Any, batches: Any, vars: Vars | None = None) -> Any:
+    return solver.update(solver.init(start() if vars is None else vars, batches), batches)
+
+
+def one_batch(**changes: Any) -> Batch:
+    return Batch(inner=jnp.ones((1, 2, 2)), outer=jnp.ones((1, 2, 2)))._replace(**changes)
+
+
+def estimated(estimator: Any) -> Any:
+    return sweep(descend(implicit(good()), OPTS, estimator=estimator))
+
+
+def other_slots() -> Any:
+    """A state made for 5 and 3 blocks, updated with batches of 2 and 1."""
+    solver = solvers.saba(good(), OPTS)
+    state = solver.init(start(), samplers.uniform(2).batches(data(), jax.random.key(0), 0, 1))
+    return solver.update(state, samplers.uniform(5).batches(data(), jax.random.key(0), 0, 1))
+
+
+def with_loss(inner: Any = None, outer: Any = None) -> Problem:
+    return Problem(inner or good().inner, outer or good().outer)
+
+
+def spoilt(value: float) -> np.ndarray:
+    """Of NumPy, so that it is concrete while the call around it is traced."""
+    return np.array([[1.0, 1.0]] * 9 + [[1.0, value]])
+
+
+class Case(NamedTuple):
+    call: Callable[[], Any]
+    error: type[Exception]
+    parts: tuple[str, ...]  # name, given, expected
+
+
+CASES = {
+    # variables
+    "vars is a tuple": Case(lambda: go(vars=tuple(start())), TypeError, ("vars:", "tuple", "expected Vars")),
+    "inner of integers": Case(
+        lambda: go(vars=start()._replace(inner=jnp.ones(2, jnp.int32))),
+        TypeError,
+        ("vars.inner", "int32[2]", "expected a floating-point array"),
+    ),
+    "outer leaf of integers": Case(
+        lambda: go(vars=start()._replace(outer={"w": jnp.ones(3), "n": jnp.ones(3, jnp.int32)})),
+        TypeError,
+        ("vars.outer['n']", "int32[3]", "expected a floating-point array"),
+    ),
+    "outer is None": Case(
+        lambda: go(vars=start()._replace(outer=None)), TypeError, ("vars.outer", "None", "expected a pytree")
+    ),
+    "inner of floats": Case(lambda: go(vars=start()._replace(inner=[1.0])), TypeError, ("vars.inner[0]", "float", "an array")),
+    "aux of integers": Case(
+        lambda: go(vars=start()._replace(aux=jnp.ones(2, jnp.int32))), TypeError, ("vars.aux", "int32[2]", "floating-point")
+    ),
+    "aux of another shape": Case(
+        lambda: go(vars=start()._replace(aux=jnp.ones(4))),
+        ValueError,
+        ("vars.aux", "float64[4]", "expected float64[2]", "vars.inner"),
+    ),
+    "aux of another dtype": Case(
+        lambda: go(vars=start()._replace(aux=jnp.ones(2, jnp.float32))),
+        ValueError,
+        ("vars.aux", "float32[2]", "expected float64[2]", "vars.inner"),
+    ),
+    "aux of another structure": Case(
+        lambda: go(vars=start()._replace(aux=[jnp.ones(2)])), ValueError, ("vars.aux", "structure", "expected", "vars.inner")
+    ),
+    # losses
+    "inner loss of rank 2": Case(
+        lambda: go(with_loss(inner=lambda z, x, a: a)),
+        ValueError,
+        ("problem.inner", "(2, 2)", "expected a scalar or one value"),
+    ),
+    "outer loss of rank 2": Case(
+        lambda: go(with_loss(outer=lambda z, x, b: b)),
+        ValueError,
+        ("problem.outer", "(2, 2)", "expected a scalar or one value"),
+    ),
+    "integer loss": Case(
+        lambda: go(with_loss(inner=lambda z, x, a: jnp.int32(1))), TypeError, ("problem.inner", "int32", "floating-point")
+    ),
+    "scalar loss, ragged batch": Case(
+        lambda: go(with_loss(inner=lambda z, x, a: ((z - x.sum()) ** 2).sum()), sampler=samplers.uniform(3)),
+        ValueError,
+        ("problem.inner", "a scalar loss", "expected one value a sample", "remainder='drop'"),
+    ),
+    "loss of another length, ragged batch": Case(
+        lambda: go(with_loss(inner=lambda z, x, a: a[:2].sum(1)), sampler=samplers.uniform(3)),
+        ValueError,
+        ("problem.inner", "(2,)", "expected (3,)"),
+    ),
+    # batches
+    "batches is a tuple": Case(
+        lambda: step(solvers.soba(good(), OPTS), (1, 2)), TypeError, ("batches:", "tuple", "expected a Batch")
+    ),
+    "batches not stacked": Case(
+        lambda: step(solvers.soba(good(), OPTS), Batch(inner=jnp.ones((2, 2)), outer=jnp.ones((2, 2)))),
+        ValueError,
+        ("batches.inner", "(2, 2)", "expected a leading axis of length 1", "number of draws"),
+    ),
+    "batches of too few draws": Case(
+        lambda: step(SOLVERS["fsla"](good(), OPTS), one_batch()),
+        ValueError,
+        ("batches.inner", "(1, 2, 2)", "expected a leading axis of length 3", "number of draws"),
+    ),
+    "a leaf without axes": Case(
+        lambda: step(solvers.soba(good(), OPTS), one_batch(key=jax.random.key(0))),
+        ValueError,
+        ("batches.key", "()", "expected a leading axis of length 1"),
+    ),
+    "no outer data": Case(
+        lambda: step(solvers.soba(good(), OPTS), one_batch(outer=None)),
+        ValueError,
+        ("opts.aux", "no direction", "is batch.outer or vars.aux None?"),
+    ),
+    # tables and refreshes
+    "other number of slots": Case(other_slots, ValueError, ("batch.slot", "2 blocks", "expected 5", "table")),
+    "no slots": Case(
+        lambda: step(solvers.saba(good(), OPTS), one_batch()), ValueError, ("batch.slot", "None", "expected a Slot")
+    ),
+    "no full data for sarah": Case(
+        lambda: step(estimated(sarah(2)), one_batch()), ValueError, ("batch.full", "None", "expected the full data", "sarah")
+    ),
+    "no full data for page": Case(
+        lambda: step(estimated(page(0.5)), one_batch(key=jax.random.split(jax.random.key(0), 1))),
+        ValueError,
+        ("batch.full", "None", "expected the full data", "page"),
+    ),
+    "no key for page": Case(
+        lambda: step(estimated(page(0.5)), one_batch(full=data())), ValueError, ("batch.key", "None", "expected a key", "page")
+    ),
+    # compositions
+    "opts is a tuple": Case(lambda: solvers.soba(good(), tuple(OPTS)), TypeError, ("opts:", "tuple", "expected Vars")),  # pyright: ignore[reportArgumentType]
+    "opts of a stage is a dict": Case(
+        lambda: descend(implicit(good()), {"inner": OPTS.inner}),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("opts:", "dict", "expected Vars"),
+    ),
+    "no optimiser at all": Case(
+        lambda: descend(implicit(good()), Vars()), ValueError, ("opts:", "no transformation", "expected one")
+    ),
+    "a rate in place of an optimiser": Case(
+        lambda: descend(implicit(good()), Vars(inner=0.1)),
+        TypeError,
+        ("opts.inner", "float", "expected an optax transformation"),
+    ),
+    "empty sweep": Case(sweep, ValueError, ("stages:", "none", "expected at least one")),
+    "unknown mode": Case(
+        lambda: implicit(good(), mode="sideways"), ValueError, ("mode", "'sideways'", "'reverse' or 'forward'")
+    ),
+    "unknown solver": Case(
+        lambda: solvers.default_opts(sweep, 0.1, 0.1, 0.1), ValueError, ("solver:", "sweep", "expected one of", "soba")
+    ),
+    # estimators
+    "theta above 1": Case(lambda: solvers.ma_soba(good(), OPTS, theta=1.5), ValueError, ("theta", "1.5", "[0, 1]")),
+    "theta of ema below 0": Case(lambda: ema(-0.1), ValueError, ("theta", "-0.1", "[0, 1]")),
+    "eta is NaN": Case(lambda: storm(float("nan")), ValueError, ("eta", "nan", "[0, 1]")),
+    "probability above 1": Case(lambda: page(2), ValueError, ("probability", "2", "[0, 1]")),
+    # data
+    "NaN in inner data": Case(
+        lambda: go(data=data(inner=spoilt(np.nan))), ValueError, ("data.inner", "1 values that are NaN", "expected finite")
+    ),
+    "infinity in a leaf of outer data": Case(
+        lambda: go(data=data(outer={"b": spoilt(np.inf)})), ValueError, ("data.outer['b']", "1 values", "expected finite")
+    ),
+    "data is a tuple": Case(lambda: go(data=tuple(data())), TypeError, ("data:", "tuple", "expected Levels")),
+    "data is a dict": Case(lambda: go(data=data()._asdict()), TypeError, ("data:", "dict", "expected Levels")),
+    "data is a tuple, full batch": Case(
+        lambda: go(data=tuple(data()), sampler=samplers.full()), TypeError, ("data:", "tuple", "expected Levels")
+    ),
+    "rows that do not match": Case(
+        lambda: go(data=data(inner={"a": jnp.ones((4, 2)), "y": jnp.ones(5)})),
+        ValueError,
+        ("data.inner", "4", "5", "expected one common number of samples"),
+    ),
+    "a scalar among the data": Case(
+        lambda: go(data=data(inner={"a": jnp.ones((4, 2)), "s": jnp.ones(())})),
+        ValueError,
+        ("data.inner", "['s']", "expected one common number of samples"),
+    ),
+    "no data": Case(lambda: go(data=data(outer=())), ValueError, ("data.outer", "()", "expected a pytree of arrays")),
+    "inner batch larger than the data": Case(
+        lambda: go(sampler=samplers.uniform(11, outer_batch_size=2)),
+        ValueError,
+        ("batch_size", "11", "data.inner", "expected at most 10"),
+    ),
+    "outer batch larger than the data": Case(
+        lambda: go(sampler=samplers.epochs(2, outer_batch_size=7)),
+        ValueError,
+        ("outer_batch_size", "7", "data.outer", "expected at most 6"),
+    ),
+    "unknown remainder": Case(
+        lambda: samplers.uniform(2, remainder="pad"), ValueError, ("remainder", "'pad'", "expected 'mask' or 'drop'")
+    ),
+    "a stream of arrays": Case(
+        lambda: next(samplers.from_stream([jnp.ones(2)], draws=1)),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("batches", "item", "expected Batch"),
+    ),
+    # runs
+    "steps not a multiple of every": Case(
+        lambda: go(steps=10, every=3), ValueError, ("steps", "10", "expected a multiple of every = 3")
+    ),
+    "a legacy key": Case(lambda: go(key=jax.random.PRNGKey(0)), TypeError, ("key", "uint32[2]", "expected a typed key")),
+    "a legacy key of NumPy": Case(
+        lambda: go(key=np.zeros(2, np.uint32)), TypeError, ("key", "uint32[2]", "expected a typed key")
+    ),
+    "a seed for a key": Case(lambda: go(key=7), TypeError, ("key", "int", "expected a typed key")),
+    "several keys for one": Case(
+        lambda: go(key=jax.random.split(jax.random.key(0), 2)),
+        (ValueError, TypeError),
+        ("key", "(2,)"),  # type: ignore[arg-type]
+    ),
+    "a metric that is no scalar": Case(
+        lambda: go(metrics=lambda vars, data: {"x": vars.outer}), ValueError, ("metrics", "'x'", "(3,)", "expected a scalar")
+    ),
+    "a metric called step": Case(
+        lambda: go(metrics=lambda vars, data: {"step": vars.outer.sum()}), ValueError, ("metrics", "'step'", "expected")
+    ),
+}
+
+COUNTS = {
+    "steps": lambda n: go(steps=n),
+    "every": lambda n: go(every=n),
+    "batch_size": lambda n: samplers.uniform(n),
+    "outer_batch_size": lambda n: samplers.epochs(2, outer_batch_size=n),
+    "period": lambda n: solvers.srba(good(), OPTS, period=n),
+    "steps of a stage": lambda n: descend(implicit(good()), OPTS, steps=n),
+    "steps of per_sweep": lambda n: per_sweep(0.1, n),
+    "draws": lambda n: next(samplers.from_stream([], draws=n)),
+    "every of a stream": lambda n: next(stream_run(solvers.soba(good(), OPTS), start(), [], every=n)),
+    "inner_dim": lambda n: quadratic(jax.random.key(0), inner_dim=n),
+    "outer_samples": lambda n: quadratic(jax.random.key(0), outer_samples=n),
+}
+
+#: given -> error and what is said of it.
+NOT_COUNTS = {
+    0: (ValueError, "got 0, expected at least 1"),
+    -3: (ValueError, "got -3, expected at least 1"),
+    2.0: (TypeError, "got 2.0 of type float, expected an int"),
+    "4": (TypeError, "got '4' of type str, expected an int"),
+    True: (TypeError, "got True of type bool, expected an int"),
+}
+
+
+def refused(call: Callable[[], Any], error: Any, parts: tuple[str, ...]) -> None:
+    """The call fails while it is traced (`jax.eval_shape` compiles nothing), and says all the parts in order."""
+    with pytest.raises(error) as info:
+        jax.eval_shape(call)
+    message, place = str(info.value), 0
+    for part in parts:
+        assert part in message[place:], f"{part!r} is not (in this order) in: {message}"
+        place = message.index(part, place)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_refused(name):
+    case = CASES[name]
+    refused(case.call, case.error, case.parts)
+
+
+@pytest.mark.parametrize("given", NOT_COUNTS, ids=repr)
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_are_positive_ints(name, given):
+    error, says = NOT_COUNTS[given]
+    refused(partial(COUNTS[name], given), error, (f"{name.split(' of ')[0]}: {says}",))
+
+
+@every_solver
+@pytest.mark.parametrize("missing", Vars._fields)
+def test_every_solver_wants_three_optimisers(name, missing):
+    call = partial(SOLVERS[name], good(), OPTS._replace(**{missing: None}))
+    refused(call, ValueError, (f"opts.{missing}", "None", "expected an optax transformation"))
+
+
+def test_the_good_call_is_good():
+    """So that the cases fail for what they change."""
+    carry, history = jax.eval_shape(go)
+    assert history["step"].shape == (2,)
+    assert carry.state.vars.inner.shape == (2,)
+    for solver in SOLVERS.values():
+        jax.eval_shape(partial(go, solver=guard(solver(good(), OPTS)), sampler=samplers.uniform(3)))
+
+
+def test_positive_ints_of_numpy_are_ints():
+    assert samplers.uniform(np.int64(2)).whole(data()).inner.shape == (10, 2)  # pyright: ignore[reportArgumentType]
+    assert jax.eval_shape(partial(go, steps=np.int32(4), every=np.int64(2)))[1]["step"].shape == (3,)
+
+
+def test_nan_is_found_in_concrete_data_only():
+    """As an argument of a compiled program the data are not known: the run then reports it (see test_guard)."""
+    bad = data(inner=spoilt(np.nan))
+    with pytest.raises(ValueError, match=r"data\.inner"):
+        jax.eval_shape(lambda: begin(solvers.soba(good(), OPTS), samplers.uniform(2), start(), bad, jax.random.key(0)))
+    assert jax.eval_shape(lambda d: go(data=d), bad)[1]["step"].shape == (2,)
+
+
+def test_integer_data_are_welcome():
+    labels = Levels(*({"a": jnp.ones((n, 2)), "n": jnp.arange(n, dtype=jnp.int32)} for n in ROWS))
+    problem = Problem(*(lambda z, x, d, loss=loss: loss(z, x, d["a"]) * d["n"].astype(jnp.float64) for loss in good()))
+    assert jax.eval_shape(partial(go, problem, data=labels))[1]["step"].shape == (2,)
+
+
+def test_inner_only_stage_wants_neither_outer_data_nor_slots_of_them():
+    solver = sweep(descend(implicit(good()), Vars(inner=OPTS.inner), estimator=saga()))
+    batch = samplers.uniform(2).batches(data(), jax.random.key(0), 0, 1)
+    bare = batch._replace(outer=None, slot=Levels(batch.slot.inner if batch.slot else None, None))
+    shapes = jax.eval_shape(lambda: step(solver, bare))
+    assert shapes.vars.inner.shape == (2,)
+    terms = implicit(good()).terms(start(), Batch(inner=jnp.ones((2, 2))), ZERO)
+    assert terms.outer == Vars()

@@ -1,0 +1,180 @@
+"""Divergence: what the guard freezes, what a run records, and that both leave alone what does not diverge."""
+
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bilevel_jax import Levels, Result, Vars, begin, descend, guard, implicit, resume, run, sweep, worst
+from bilevel_jax.estimators import SagaState, flush, saga
+from bilevel_jax.results import Status, all_finite
+from tests.checks import check_same
+from tests.tables import STEPS, build, distance, every_solver, stream, tiny, tiny_sampler
+
+WILD = Vars(1e60, 1e60, 1e60)  # overflows float64 within six updates
+
+
+@cache
+def steppers(name: str) -> tuple[Any, Any]:
+    """The compiled updates of a solver, bare and guarded, as functions of the rates, a state and a batch."""
+
+    def bare(rates, state, batch):
+        return build(name, tiny().problem, rates).update(state, batch)
+
+    def guarded(rates, state, batch):
+        return guard(build(name, tiny().problem, rates)).update(state, batch)
+
+    return jax.jit(bare), jax.jit(guarded)
+
+
+def both(name: str, steps: Vars) -> tuple[list[Any], list[Any]]:
+    """The states that the bare and the guarded solver go through."""
+    rates = Vars(*(jnp.asarray(np.float64(step)) for step in steps))
+    solver = build(name, tiny().problem, rates)
+    batches = stream(solver.draws)[:9]
+    states, held = [solver.init(tiny().start, batches[0])], [guard(solver).init(tiny().start, batches[0])]
+    for batch in batches:
+        for update, past in zip(steppers(name), (states, held), strict=True):
+            past.append(update(rates, past[-1], batch))
+    return states, held
+
+
+def flushed(tree: Any) -> Any:
+    """With the pending rows of all tables written."""
+    return jax.tree.map(
+        lambda node: flush(node) if isinstance(node, SagaState) else node,
+        tree,
+        is_leaf=lambda node: isinstance(node, SagaState),
+    )
+
+
+def fine(tree: Any) -> bool:
+    return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+@every_solver
+def test_guard_freezes_the_last_finite_state(name):
+    """Against the states that the bare solver goes through; tables included, once flushed."""
+    states, held = both(name, WILD)
+    codes = [int(worst(state)) for state in held]
+    last = max(t for t, state in enumerate(states) if fine(state))
+    assert 1 <= last < 8, "it should diverge on the way"
+    assert codes == [Result.SUCCESSFUL] * (last + 1) + [Result.NONFINITE] * (9 - last)
+    inner, status = held[-1].stages
+    assert isinstance(status, Status)
+    check_same(flushed((held[-1].vars, inner)), flushed((states[last].vars, states[last].stages)), tol=1e-12)
+    assert fine(held[-1])
+    assert int(held[-1].step) == 9
+
+
+@every_solver
+def test_guard_changes_nothing_where_nothing_diverges(name):
+    states, held = both(name, STEPS)
+    check_same(flushed((held[-1].vars, held[-1].stages[0])), flushed((states[-1].vars, states[-1].stages)), tol=1e-14)
+    assert int(worst(held[-1])) == Result.SUCCESSFUL
+    solver = build(name, tiny().problem)
+    assert (guard(solver).draws, guard(solver).cost) == (solver.draws, solver.cost)
+
+
+def test_guard_keeps_tables_finite_in_a_stage_of_several_steps():
+    """A sweep that is refused may have written rows of its own before it failed: what is frozen must still be finite."""
+    stage = descend(implicit(tiny().problem), Vars(inner=optax.sgd(1e100)), estimator=saga(), steps=3)
+    solver = guard(sweep(stage))
+    update, state = jax.jit(solver.update), solver.init(tiny().start, stream(3)[0])
+    for batch in stream(3)[:4]:
+        state = update(state, batch)
+        assert fine(state.vars)
+        assert fine(flushed(state))
+    assert int(worst(state)) == Result.NONFINITE
+
+
+def x_of(vars: Vars, data: Levels) -> dict[str, jax.Array]:
+    del data
+    return {"x": vars.outer}
+
+
+@pytest.mark.parametrize(("name", "guarded"), [("soba", False), ("saba", True)])
+def test_run_records_divergence_in_its_lane_only(name, guarded):
+    rates = Vars(*(jnp.asarray(np.array([step, 1e60, 0.5 * step])) for step in STEPS))
+
+    def go(rates):
+        solver = build(name, tiny().problem, rates)
+        solver = guard(solver) if guarded else solver
+        return run(solver, tiny_sampler(), tiny().start, tiny().data, jax.random.key(3), steps=12, every=2, metrics=x_of)
+
+    carry, history = jax.jit(jax.vmap(go))(rates)
+    assert carry.result.tolist() == [Result.SUCCESSFUL, Result.NONFINITE, Result.SUCCESSFUL]
+    assert bool(all_finite(carry.finite))
+    healthy = jnp.array([0, 2])
+    assert bool(jnp.isfinite(history["x"][healthy]).all())
+    check_same(carry.finite.outer[healthy], carry.state.vars.outer[healthy])
+    alone, rows = jax.jit(go)(Vars(*STEPS))
+    check_same(jax.tree.map(lambda leaf: leaf[0], carry.finite), alone.state.vars, tol=1e-12)
+    check_same(history["x"][0], rows["x"], tol=1e-12)
+    wild = np.asarray(history["x"][1])
+    if guarded:
+        assert np.isfinite(wild).all()
+        check_same(carry.finite.outer[1], carry.state.vars.outer[1])
+    else:
+        good = np.isfinite(wild)
+        assert not good[-1], "a metric that is not finite is recorded as it is"
+        assert good[:2].all()
+        check_same(carry.finite.outer[1], history["x"][1][np.flatnonzero(good)[-1]])
+
+
+def poisoned(row: int) -> Levels:
+    inner, outer = tiny().data
+    return Levels((inner[0].at[row].set(jnp.nan), inner[1]), outer)
+
+
+def test_one_bad_sample_freezes_a_guarded_run():
+    """NaN in one row, not seen by the checks as the data are an argument of the compiled program."""
+    for name in ("soba", "saba"):
+        solver = guard(build(name, tiny().problem))
+        go = jax.jit(
+            lambda d, s=solver: run(s, tiny_sampler(), tiny().start, d, jax.random.key(3), steps=40, every=1, metrics=x_of)
+        )
+        carry, history = go(poisoned(4))
+        clean, expected = go(tiny().data)
+        assert int(carry.result) == Result.NONFINITE
+        assert int(clean.result) == Result.SUCCESSFUL
+        assert fine(flushed(carry.state))
+        assert bool(jnp.isfinite(history["x"]).all())
+        same = np.asarray(history["x"] == expected["x"])
+        frozen = int(np.flatnonzero(~same)[0])
+        assert same[:frozen].all()
+        assert frozen >= 1
+        assert len(set(np.asarray(history["x"][frozen - 1 :]).tolist())) == 1
+
+
+def test_result_of_a_run_is_the_worst_met():
+    """It is kept when the run goes on, and the last finite variables are those of an evaluation."""
+    solver, key = build("soba", tiny().problem, WILD), jax.random.key(3)
+    carry = begin(solver, tiny_sampler(), tiny().start, tiny().data, key)
+    assert int(carry.result) == Result.SUCCESSFUL
+    check_same(carry.finite, tiny().start)
+    go = jax.jit(partial(resume, solver, tiny_sampler(), steps=8, metrics=x_of))
+    carry, _ = go(carry, tiny().data)
+    assert int(carry.result) == Result.NONFINITE
+    check_same(carry.finite, tiny().start)
+    healed = carry._replace(state=carry.state._replace(vars=jax.tree.map(jnp.copy, tiny().start)))
+    tame = build("soba", tiny().problem)
+    carry, _ = jax.jit(partial(resume, tame, tiny_sampler(), steps=2))(healed, tiny().data)
+    assert fine(carry.state)
+    assert int(carry.result) == Result.NONFINITE
+    assert distance(carry.finite, carry.state.vars) == 0
+
+
+def test_codes():
+    assert Result.SUCCESSFUL < Result.NONFINITE
+    assert all(code.message for code in Result)
+    assert "smaller steps" in Result.NONFINITE.message
+    codes = [Status(jnp.int32(code)) for code in (0, 9, 0)]
+    assert [int(worst(tree)) for tree in ((), {"a": codes[:1]}, ({"a": codes}, jnp.ones(3)))] == [0, 0, 9]
+    assert worst(()).dtype == jnp.int32
+    trees = ((), {"a": jnp.ones(2)}, {"a": jnp.array([1.0, jnp.inf])}, [jnp.ones(1), jnp.array(jnp.nan)])
+    assert [bool(all_finite(tree)) for tree in trees] == [True, True, False, False]

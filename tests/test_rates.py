@@ -1,0 +1,78 @@
+"""Rates on the quadratic in float64: who reaches the solution with constant steps, how fast, and who does not."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bilevel_jax import Vars, descend, implicit, run, samplers, solvers, sweep
+from bilevel_jax.estimators import plain, saga
+from tests.tables import STEPS, small
+
+REDUCED = {
+    "saba": solvers.saba,
+    "srba": partial(solvers.srba, period=6),
+    "spaba": partial(solvers.spaba, probability=0.15),
+}
+NOISY = {
+    "soba": solvers.soba,
+    "ma_soba": partial(solvers.ma_soba, theta=0.2),
+    "fsla": partial(solvers.fsla, eta=0.2),
+}
+
+
+def errors(make, batch_size, scales=(1.0,), steps=2000, every=50):
+    """Hypergradient norms, relative to the first, [scales, 1 + steps / every]: one lane a scale of the step sizes."""
+    q = small()
+
+    def one(scale):
+        opts = Vars(*(optax.sgd(scale * step) for step in STEPS))
+        sampler, key = samplers.uniform(batch_size), jax.random.key(1)
+        _, history = run(make(q.problem, opts), sampler, q.start, q.data, key, steps=steps, every=every, metrics=q.metrics)
+        return history["gradient_norm"] / history["gradient_norm"][0]
+
+    if len(scales) == 1:
+        return np.asarray(jax.jit(one)(scales[0]))[None]
+    return np.asarray(jax.jit(jax.vmap(one))(jnp.asarray(np.array(scales))))
+
+
+@pytest.mark.parametrize("batch_size", [5, 8])
+@pytest.mark.parametrize("name", REDUCED)
+def test_variance_reduction_reaches_the_solution(name, batch_size):
+    """Constant steps, batches that divide 32 samples and that do not; the log error falls on a line."""
+    error = errors(REDUCED[name], batch_size)[0]
+    assert error[-1] < 1e-10
+    line = np.log10(error[error > 1e-11])
+    assert len(line) > 10
+    steps = 50.0 * np.arange(len(line))
+    slope, level = np.polyfit(steps, line, 1)
+    residual = line - (slope * steps + level)
+    assert 1 - residual.var() / line.var() > 0.99
+    assert -0.03 < slope < -0.005  # decades a step
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_noise_leaves_a_plateau_that_falls_with_the_steps(name):
+    """Constant steps: the norm stalls at about the root of the step sizes, far above the floor of SABA."""
+    error = errors(NOISY[name], 5, scales=(1.0, 0.25), steps=6000, every=200)
+    large, small_ = error[:, 15:].mean(axis=1)
+    assert large < 0.5, "it should come near the solution"
+    assert small_ > 1e-4, "it should stall"
+    assert 1.4 < large / small_ < 4
+
+
+def test_variance_reduction_of_one_variable_is_not_enough():
+    """SAGA on z, or on x, alone stalls as SOBA does."""
+
+    def make(problem, opts, reduced):
+        stages = []
+        for name, opt in zip(Vars._fields, opts, strict=True):
+            estimator = saga() if name in reduced else plain()
+            stages.append(descend(implicit(problem), Vars(**{name: opt}), estimator=estimator))
+        return sweep(*stages)
+
+    for reduced in ("inner", "outer"):
+        assert errors(partial(make, reduced=(reduced,)), 5, steps=1600)[0][-10:].mean() > 1e-3

@@ -1,0 +1,191 @@
+"""Samplers: every row counts once, every draw is a function of the key and its number, and the draws are random as they say."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chi2
+
+from bilevel_jax import Batch, Levels, samplers
+from tests.checks import check_blocks, check_passes, check_same, hand
+
+KINDS = {"uniform": samplers.uniform, "epochs": samplers.epochs}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def rows(n: int, m: int) -> Levels:
+    return Levels(jnp.arange(float(n)), 100.0 + jnp.arange(float(m)))
+
+
+def blocks_of(plan):
+    return np.asarray(plan.block.inner), np.asarray(plan.block.outer)
+
+
+@cache
+def planner(kind, sizes, counts, draws):
+    """The compiled plan of a key, for data of the given numbers of rows."""
+    sampler = KINDS[kind](sizes[0], outer_batch_size=sizes[1])
+    return jax.jit(lambda key: sampler.plan(rows(*counts), key, 0, draws))
+
+
+@every_kind
+@pytest.mark.parametrize(("sizes", "counts"), [((4, 3), (10, 6)), ((5, 5), (10, 7)), ((1, 7), (3, 7))])
+def test_blocks_are_rows_with_weights(kind, sizes, counts):
+    check_blocks(KINDS[kind](sizes[0], outer_batch_size=sizes[1]), sizes, counts)
+
+
+@every_kind
+def test_padding_weighs_nothing_and_whole_levels_have_no_weights(kind):
+    sampler, data = KINDS[kind](4, outer_batch_size=3), rows(10, 6)
+    last = sampler.gather(data, hand(2, 1))
+    assert last.weight is not None
+    np.testing.assert_allclose(last.inner, [6.0, 7.0, 8.0, 9.0])
+    np.testing.assert_allclose(last.weight.inner, [0.0, 0.0, 0.3, 0.3], rtol=1e-7)
+    assert last.weight.outer is None
+    np.testing.assert_allclose(last.outer, [103.0, 104.0, 105.0])
+
+
+@every_kind
+def test_dropping_the_remainder(kind):
+    """The rows left out are in no draw and not in the full data; there are no weights, so scalar losses will do."""
+    sampler, data = KINDS[kind](4, outer_batch_size=3, remainder="drop"), rows(10, 8)
+    check_same(sampler.whole(data), Levels(data.inner[:8], data.outer[:6]))
+    batch = sampler.batches(data, jax.random.key(0), 0, 6)
+    assert batch.full is not None
+    check_same(batch.full, sampler.whole(data))
+    assert batch.weight == Levels(None, None)
+    assert {slot.count for slot in batch.slot or ()} == {2}
+    assert float(batch.inner.max()) < 8
+    assert float(batch.outer.max()) < 106
+    assert (samplers.blocks(10, 4), samplers.blocks(10, 4, "drop")) == (3, 2)
+    kept = KINDS[kind](4, outer_batch_size=3)
+    check_same(kept.whole(data), data)
+
+
+def test_epochs_visit_every_block_once_a_pass():
+    """On levels of 3 and 4 blocks, and on levels of one length."""
+    check_passes(samplers.epochs(4, outer_batch_size=3), rows(10, 11), (3, 4))
+    check_passes(samplers.epochs(4), rows(17, 20), (5, 5))
+
+
+def test_epochs_hold_across_chunk_borders():
+    """Chunks of 5 draws cut the passes of 3 and of 4 blocks anywhere; together they are passes."""
+    sampler, data, key = samplers.epochs(4, outer_batch_size=3), rows(10, 11), jax.random.key(2)
+    chunk = jax.jit(lambda start: sampler.plan(data, key, start, 5))
+    parts = [chunk(jnp.int32(5 * k)).block for k in range(12)]
+    for level, count in enumerate((3, 4)):
+        order = np.concatenate([part[level] for part in parts]).reshape(-1, count)
+        np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(count), (len(order), 1)))
+
+
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def plans():
+    """Long plans, and the compiled stretches of 1 and 5 draws."""
+    data, key = rows(10, 11), jax.random.key(5)
+    made = {}
+    for kind, make in {**KINDS, "full": lambda *_, **__: samplers.full()}.items():
+        sampler = make(4, outer_batch_size=3)
+        stretches = {n: jax.jit(lambda start, s=sampler, n=n: s.plan(data, key, start, n)) for n in (1, 5)}
+        made[kind] = jax.jit(lambda s=sampler: s.plan(data, key, 0, LENGTH))(), stretches
+    return made
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "full"])
+@given(start=st.integers(0, LENGTH - 5), count=st.sampled_from([1, 5]))
+def test_any_stretch_of_a_plan_is_that_of_a_longer_one(plans, kind, start, count):
+    whole, stretches = plans[kind]
+    check_same(stretches[count](jnp.int32(start)), jax.tree.map(lambda leaf: leaf[start : start + count], whole))
+
+
+def chi_square(observed: np.ndarray, expected: np.ndarray) -> None:
+    """The counts are not surprising at one in ten thousand; the keys are fixed, so this never flickers."""
+    freedom = np.prod([size - 1 for size in observed.shape])
+    assert ((observed - expected) ** 2 / expected).sum() < chi2.ppf(1 - 1e-4, freedom)
+
+
+def test_uniform_is_uniform_and_its_levels_and_draws_are_independent():
+    count = 6000
+    inner, outer = blocks_of(planner("uniform", (4, 3), (12, 12), count)(jax.random.key(0)))
+    assert set(inner) == {0, 1, 2}
+    assert set(outer) == {0, 1, 2, 3}
+    for order, of in ((inner, 3), (outer, 4)):
+        chi_square(np.bincount(order, minlength=of), np.full(of, count / of))
+        again = np.histogram2d(order[:-1], order[1:], bins=of)[0]
+        chi_square(again, np.full((of, of), (count - 1) / of**2))
+    both = np.histogram2d(inner, outer, bins=(3, 4))[0]
+    chi_square(both, np.full((3, 4), count / 12))
+
+
+def test_epochs_are_uniform_permutations_independent_between_levels():
+    passes = 1200
+    inner, outer = blocks_of(planner("epochs", (4, 4), (12, 12), 3 * passes)(jax.random.key(0)))
+    codes = [order.reshape(-1, 3) @ np.array([9, 3, 1]) for order in (inner, outer)]
+    found = [np.unique(code, return_inverse=True)[1] for code in codes]
+    for code in found:
+        chi_square(np.bincount(code, minlength=6), np.full(6, passes / 6))
+    chi_square(np.histogram2d(*found, bins=6)[0], np.full((6, 6), passes / 36))
+
+
+@every_kind
+def test_keys_give_other_draws_and_every_draw_a_key_of_its_own(kind):
+    first, second = (planner(kind, (4, 3), (10, 11), 12)(jax.random.key(seed)) for seed in (0, 1))
+    assert any((a != b).any() for a, b in zip(blocks_of(first), blocks_of(second), strict=True))
+    keys = jax.random.key_data(jnp.concatenate([first.key, second.key]))
+    assert len({tuple(data) for data in np.asarray(keys).tolist()}) == 24
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "full"])
+def test_stacking_is_gathering_one_by_one(kind):
+    """For few draws, which are written out, and for many, which are a loop; the full data are not stacked."""
+    sampler, data = (samplers.full() if kind == "full" else KINDS[kind](4, outer_batch_size=3)), rows(10, 11)
+    plan = sampler.plan(data, jax.random.key(0), 0, 6)
+    for draws in (1, 6):
+        part = jax.tree.map(lambda leaf, n=draws: leaf[:n], plan)
+        stacked = sampler.stack(data, part)
+        assert isinstance(stacked, Batch)
+        check_same(stacked.full, sampler.whole(data))
+        one_by_one = [sampler.gather(data, jax.tree.map(lambda leaf, t=t: leaf[t], part)) for t in range(draws)]
+        check_same(stacked._replace(full=None), jax.tree.map(lambda *leaves: jnp.stack(leaves), *one_by_one))
+
+
+def test_full_is_one_block_without_weights():
+    data = rows(10, 6)
+    batch = samplers.full().batches(data, jax.random.key(0), 3, 2)
+    assert batch.weight is None
+    assert [slot.count for slot in batch.slot or ()] == [1, 1]
+    assert [slot.index.tolist() for slot in batch.slot or ()] == [[0, 0], [0, 0]]
+    for level in (0, 1):
+        np.testing.assert_array_equal(batch[level], np.stack([data[level]] * 2))
+
+
+def test_data_may_be_trees_of_several_leaves_and_dtypes():
+    data = Levels(
+        {"a": jnp.ones((10, 2), jnp.float32), "n": jnp.arange(10, dtype=jnp.int32)}, (jnp.ones((6, 3), jnp.bfloat16),)
+    )
+    batch = samplers.uniform(4, outer_batch_size=3).batches(data, jax.random.key(0), 0, 5)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), Levels(batch.inner, batch.outer)) == Levels(
+        {"a": ((5, 4, 2), "float32"), "n": ((5, 4), "int32")}, (((5, 3, 3), "bfloat16"),)
+    )
+    starts = batch.inner["n"][:, 0].tolist()
+    np.testing.assert_array_equal(batch.inner["n"], [np.arange(start, start + 4) for start in starts])
+
+
+def test_from_stream_stacks_groups_in_order():
+    def loader():
+        for i in range(7):
+            yield Batch(inner={"a": np.full(3, i)}, outer=jnp.full(2, 10.0 * i), key=jax.random.key(i), full=Levels(i, None))
+
+    groups = list(samplers.from_stream(loader(), draws=3))
+    assert [group.inner["a"].tolist() for group in groups] == [[[i] * 3 for i in part] for part in ([0, 1, 2], [3, 4, 5])]
+    assert [group.outer[:, 0].tolist() for group in groups] == [[0.0, 10.0, 20.0], [30.0, 40.0, 50.0]]
+    assert [group.full.inner for group in groups] == [0, 3]
+    assert groups[1].key is not None
+    check_same(groups[1].key[2], jax.random.key(5))
+    assert list(samplers.from_stream([], draws=2)) == []
