@@ -1,6 +1,6 @@
 """Bilevel optimization in JAX: solver steps as pure functions, composed from oracles, estimators, optimisers and stages."""
 
-from bilevel_jax import estimators, oracles, projections, samplers, solvers, testing
+from bilevel_jax import checks, estimators, oracles, projections, samplers, solvers, testing
 from bilevel_jax.loop import Carry, begin, resume, run, stream
 from bilevel_jax.oracles import implicit
 from bilevel_jax.results import Result, guard, worst
@@ -20,6 +20,7 @@ __all__ = [
     "Solver",
     "Vars",
     "begin",
+    "checks",
     "default_opts",
     "descend",
     "estimators",

@@ -24,8 +24,12 @@ def positive_int(name: str, value: Any, least: int = 1) -> int:
 
 
 def unit_interval(name: str, value: Any) -> None:
-    """Raise ValueError if ``value`` is a concrete number outside [0, 1]; schedules and traced values pass."""
-    if isinstance(value, int | float | np.floating) and not 0 <= value <= 1:
+    """Raise TypeError or ValueError if ``value`` is not a concrete number in [0, 1]; schedules and traced values pass."""
+    if callable(value) or isinstance(value, Tracer):
+        return
+    if np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.number):
+        raise TypeError(f"{name}: got {value!r}, expected a number in [0, 1] or a schedule")
+    if not 0 <= float(value) <= 1:
         raise ValueError(f"{name}: got {value}, expected a number in [0, 1]")
 
 
@@ -47,6 +51,11 @@ def floating(name: str, tree: PyTree) -> None:
     for path, leaf in leaves:
         if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
             raise TypeError(f"{path_name(name, path)}: got {type(leaf).__name__}, expected an array")
+        if leaf.dtype == np.float64 and not jax.enable_x64.value:
+            raise TypeError(
+                f"{path_name(name, path)}: got {leaf.dtype}{list(leaf.shape)} while jax_enable_x64 is off, which would round "
+                "it in silence; expected float32, or jax.config.update('jax_enable_x64', True)"
+            )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"{path_name(name, path)}: got {describe(leaf)}, expected a floating-point array")
 
@@ -78,7 +87,10 @@ def rows(name: str, data: PyTree) -> int:
     sizes = {path_name(name, path): np.shape(leaf)[0] if np.ndim(leaf) else -1 for path, leaf in leaves}
     if -1 in sizes.values() or len(set(sizes.values())) != 1:
         raise ValueError(f"{name}: got leaves with leading axes {sizes}, expected one common number of samples")
-    return next(iter(sizes.values()))
+    size = next(iter(sizes.values()))
+    if size < 1:
+        raise ValueError(f"{name}: got no samples, expected at least 1")
+    return size
 
 
 def finite(name: str, tree: PyTree) -> None:

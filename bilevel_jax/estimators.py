@@ -26,6 +26,15 @@ def total(terms: Terms) -> Vars:
     return Vars(*(add(*parts) for parts in zip(*terms, strict=True)))
 
 
+def _wide(tree: PyTree) -> PyTree:
+    """At least float32: a running mean or a sum of differences in bfloat16 drifts by tens of per cent."""
+    return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype if jnp.finfo(leaf.dtype).bits >= 32 else jnp.float32), tree)
+
+
+def _like(tree: PyTree, like: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, like)
+
+
 def _on_full(batch: Batch, name: str) -> Batch:
     if batch.full is None:
         raise ValueError(f"batch.full: got None, expected the full data, which {name} needs for its refreshes")
@@ -66,7 +75,7 @@ def plain() -> Estimator:
 
 
 class EmaState(NamedTuple):
-    mean: Vars  # moving average of the direction, shaped like the variables that move
+    mean: Vars  # moving average of the direction, shaped like the variables that move; float32 at least
 
 
 def ema(theta: Schedule) -> Estimator:
@@ -80,19 +89,20 @@ def ema(theta: Schedule) -> Estimator:
     checks.unit_interval("theta", theta)
 
     def init(oracle: Any, vars: Vars, batch: Batch) -> EmaState:
-        return EmaState(total(_zeros(oracle, vars, batch)))
+        return EmaState(_wide(total(_zeros(oracle, vars, batch))))
 
     def update(oracle: Any, vars: Vars, batch: Batch, count: Array, state: EmaState) -> tuple[Vars, EmaState]:
         weight = jnp.where(count == 0, 1.0, _at(theta, count))
-        mean = _mix(weight, total(oracle(vars, batch)), state.mean)
-        return mean, EmaState(mean)
+        new = total(oracle(vars, batch))
+        mean = _mix(weight, _wide(new), state.mean)
+        return _like(mean, new), EmaState(mean)
 
     return Estimator(init, update)
 
 
 class SagaState(NamedTuple):
     table: Table  # of Terms, leaves [slots, ...]: the last term seen of every block (small rows packed), but the pending row
-    mean: Terms  # running mean of the table, pending row included
+    mean: Terms  # running mean of the table, pending row included; float32 at least
     row: Terms  # the pending row: the terms of the last draw, not yet in the table
     slot: tuple  # int32 [], one per level: where the pending row belongs
 
@@ -144,7 +154,7 @@ def saga() -> Estimator:
 
         table = Table(Terms(*map(rows, zeros, found)))
         fresh = jax.tree.map(jnp.zeros_like, zeros)
-        return SagaState(table, zeros, fresh, tuple(jnp.zeros((), jnp.int32) for _ in found))
+        return SagaState(table, _wide(zeros), fresh, tuple(jnp.zeros((), jnp.int32) for _ in found))
 
     def update(oracle: Any, vars: Vars, batch: Batch, count: Array, state: SagaState) -> tuple[Vars, SagaState]:
         del count
@@ -162,8 +172,8 @@ def saga() -> Estimator:
             if held != {slot.count}:
                 raise ValueError(f"batch.slot: got slots of {slot.count} blocks, expected {held.pop()}, the rows of the table")
             old = jax.tree.map(lambda t, i=slot.index: lax.dynamic_index_in_dim(t, i, 0, keepdims=False), tab)
-            change = jax.tree.map(jnp.subtract, part, old)
-            parts.append(jax.tree.map(jnp.add, change, mean))
+            change = jax.tree.map(jnp.subtract, _wide(part), _wide(old))
+            parts.append(_like(jax.tree.map(jnp.add, change, mean), part))
             means.append(jax.tree.map(lambda m, c, n=slot.count: m + c / n, mean, change))
             indices.append(slot.index)
         return total(unpack(Terms(*parts))), SagaState(Table(Terms(*table)), Terms(*means), new, tuple(indices))
@@ -209,7 +219,7 @@ def flush(state: SagaState) -> SagaState:
 
 
 class RecursiveState(NamedTuple):
-    direction: Vars  # the running estimate
+    direction: Vars  # the running estimate; float32 at least
     vars: Vars  # the variables at the last update
 
 
@@ -217,11 +227,15 @@ def _recursive(estimate: Any, draw_calls: float, full_calls: float) -> Estimator
     """SARAH, PAGE and STORM share a state: the last estimate, and the point where it was taken."""
 
     def init(oracle: Any, vars: Vars, batch: Batch) -> RecursiveState:
-        return RecursiveState(total(_zeros(oracle, vars, batch)), jax.tree.map(jnp.copy, vars))
+        return RecursiveState(_wide(total(_zeros(oracle, vars, batch))), jax.tree.map(jnp.copy, vars))
 
     def update(oracle: Any, vars: Vars, batch: Batch, count: Array, state: RecursiveState) -> tuple[Vars, RecursiveState]:
-        direction = estimate(oracle, vars, batch, count, state)
-        return direction, RecursiveState(direction, vars)
+        def widened(vars: Vars, batch: Batch) -> Terms:
+            return _wide(oracle(vars, batch))
+
+        direction = estimate(widened, vars, batch, count, state)
+        narrow = Vars(*(None if d is None else _like(d, v) for d, v in zip(direction, vars, strict=True)))
+        return narrow, RecursiveState(direction, vars)
 
     return Estimator(init, update, draw_calls, full_calls)
 
@@ -286,7 +300,7 @@ def page(probability: float) -> Estimator:
         if batch.key is None:
             raise ValueError("batch.key: got None, expected a key, from which page draws its coin")
         # A key of its own, so that the coin is independent of what a loss draws from batch.key.
-        coin = jax.random.bernoulli(jax.random.fold_in(batch.key, 0x9A6E), probability)
+        coin = jax.random.bernoulli(jax.random.fold_in(batch.key, 0x9A6E), jnp.float32(probability))
         return lax.cond(
             (count == 0) | coin,
             lambda: total(oracle(vars, full)),

@@ -32,13 +32,19 @@ def begin(solver: Solver, sampler: Sampler, vars: Vars, data: Levels, key: Array
 
     Args, Raises: as `run`.
     """
-    if isinstance(key, jax.Array) and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise TypeError(f"key: got {checks.describe(key)}, expected a typed key, as jax.random.key(0) makes")
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        given = checks.describe(key) if hasattr(key, "dtype") else f"{key!r} of type {type(key).__name__}"
+        raise TypeError(f"key: got {given}, expected a typed key, as jax.random.key(0) makes")
+    if key.shape:
+        raise ValueError(f"key: got an array of keys of shape {key.shape}, expected one key: map over them with jax.vmap")
+    if not isinstance(data, Levels):
+        raise TypeError(f"data: got {type(data).__name__}, expected Levels(inner=..., outer=...)")
     for name, part in zip(Levels._fields, data, strict=True):
         checks.finite(f"data.{name}", part)
     shapes = jax.eval_shape(lambda d, k: sampler.batches(d, k, 0, solver.draws), data, key)
     state = solver.init(vars, shapes)
-    return Carry(state, key, jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, state.vars))
+    # copies: the carry may be donated, and the caller keeps the key and the variables
+    return Carry(state, jnp.copy(key), jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, state.vars))
 
 
 def resume(
@@ -77,11 +83,13 @@ def resume(
         plan = sampler.plan(data, carry.key, carry.state.step * solver.draws, every * solver.draws)
         plan = jax.tree.map(lambda leaf: leaf.reshape(every, solver.draws, *leaf.shape[1:]), plan)
         state, _ = lax.scan(one, carry.state, plan)
+        row = _row(state, metrics(state.vars, data) if metrics else {})
         fine = all_finite(state.vars)
-        code = jnp.where(fine, worst(state), jnp.int32(Result.NONFINITE))
+        known = all_finite([value for value in row.values() if jnp.issubdtype(value.dtype, jnp.inexact)])
+        code = jnp.where(fine & known, worst(state), jnp.int32(Result.NONFINITE))
         kept = jax.tree.map(lambda new, old: jnp.where(fine, new, old), state.vars, carry.finite)
         carry = Carry(state, carry.key, jnp.maximum(carry.result, code), kept)
-        return carry, _row(state, metrics(state.vars, data) if metrics else {})
+        return carry, row
 
     return lax.scan(chunk, carry, None, length=steps // every)
 
@@ -117,7 +125,8 @@ def run(
 
     Raises:
         TypeError, ValueError: before compilation, for what `resume` refuses, NaN or infinity in (concrete) data, an untyped
-            key, and everything that the solver and the sampler refuse.
+            key, and everything that the solver and the sampler refuse.  Inside `jax.jit` the data are traced, and their
+            values cannot be checked: call ``bilevel_jax.checks.finite("data", data)`` before.
 
     Cost: ``steps`` times ``solver.cost``.
 
@@ -158,8 +167,8 @@ def stream(
         metrics: ``vars -> {name: scalar}``, jitted here.
 
     Yields:
-        ``(state, row)`` with ``row = {"step": ..., metrics...}``.  The state is donated to the next update: copy what you
-        keep (``jax.tree.map(jnp.copy, state.vars)``).
+        Every ``every`` updates, and after the last one, ``(state, row)`` with ``row = {"step": ..., metrics...}``.  The state
+        is donated to the next update: copy what you keep (``jax.tree.map(jnp.copy, state.vars)``).
 
     Raises:
         TypeError, ValueError: for ``every`` below 1 and for what the solver refuses.
@@ -176,16 +185,21 @@ def stream(
     every = checks.positive_int("every", every)
     update = jax.jit(solver.update, donate_argnums=0)
     evaluate = jax.jit(lambda state: _row(state, metrics(state.vars) if metrics else {}))
-    state = None
+    state, done = None, 0
     for done, batch in enumerate(batches, 1):
         if state is None:
             state = jax.tree.map(jnp.copy, start) if isinstance(start, BilevelState) else solver.init(start, batch)
         state = update(state, batch)
         if done % every == 0:
             yield state, evaluate(state)
+    if state is not None and done % every:
+        yield state, evaluate(state)
 
 
 def _row(state: BilevelState, named: History) -> History:
+    if not isinstance(named, dict) or "step" in named:
+        raise TypeError(f"metrics: got {named!r}, expected a dictionary of scalars, none of them called 'step'")
+    named = {name: jnp.asarray(value) for name, value in named.items()}
     for name, value in named.items():
         if jnp.shape(value) != ():
             raise ValueError(f"metrics: got {name!r} of shape {jnp.shape(value)}, expected a scalar")

@@ -7,6 +7,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel_jax import checks
 from bilevel_jax.types import Array, Batch, Calls, Levels, Loss, Oracle, Problem, PyTree, Terms, Vars
 
 
@@ -23,12 +24,19 @@ def mean_loss(loss: Loss, name: str) -> Callable[[PyTree, PyTree, PyTree, Array 
 
     def scalar(z, x, data, weight):
         value = loss(z, x, data)
+        if isinstance(value, tuple | list | dict) or not hasattr(value, "dtype"):
+            raise TypeError(f"{name}: got a loss of type {type(value).__name__}, expected a scalar or one value a sample")
         shape = np.shape(value)
         if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
             raise TypeError(f"{name}: got a loss of dtype {jnp.result_type(value)}, expected a floating-point one")
         if weight is None:
             if len(shape) > 1:
                 raise ValueError(f"{name}: got a loss of shape {shape}, expected a scalar or one value a sample")
+            leading = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
+            if shape and len(leading) == 1 and leading != {shape}:
+                raise ValueError(
+                    f"{name}: got a loss of shape {shape}, expected a scalar or {leading.pop()}, one value a sample"
+                )
             return value if not shape else value.mean()
         if not shape:
             raise ValueError(
@@ -73,6 +81,8 @@ def implicit(problem: Problem, *, mode: str = "reverse") -> Oracle:
         >>> [float(d.sum()) for d in (terms.inner.inner, terms.outer.aux)]
         [0.0, 4.0]
     """
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem: got {type(problem).__name__}, expected Problem(inner=..., outer=...)")
     if mode not in ("reverse", "forward"):
         raise ValueError(f"mode: got {mode!r}, expected 'reverse' or 'forward'")
     g, f = mean_loss(problem.inner, "problem.inner"), mean_loss(problem.outer, "problem.outer")
@@ -87,6 +97,7 @@ def implicit(problem: Problem, *, mode: str = "reverse") -> Oracle:
 
         if v is None or batch.outer is None:
             return Terms(inner=Vars(inner=gradients(z, x)[0]))
+        checks.same_shapes("vars.aux", v, z, "vars.inner")
         if mode == "reverse":
             dz, pullback = jax.vjp(lambda z, x: gradients(z, x)[0], z, x)
             hv, cross = pullback(v)

@@ -50,7 +50,7 @@ _MESSAGES = {
     "regularise the inner problem, or compute in float64",
     Result.DIVERGED: "the steps made the residual grow; the last finite iterate is kept: take a smaller rate, at most 1/L, or "
     "a larger smoothness constant",
-    Result.NONFINITE: "an iterate became NaN or infinite; the last finite variables are kept: try smaller steps",
+    Result.NONFINITE: "an iterate or a metric became NaN or infinite; the last finite variables are kept: try smaller steps",
 }
 
 
@@ -107,14 +107,23 @@ def guard(solver: Solver) -> Solver:
         new = solver.update(old, batches)
         accept = (status.code == Result.SUCCESSFUL) & all_finite((new.vars, _without_tables(new.stages)))
 
-        def select(n: Any, o: Any) -> Any:
-            return n if isinstance(n, Table) else jnp.where(accept, n, o)
-
-        kept = jax.tree.map(select, new, old, is_leaf=_is_table)
+        kept = keep(accept, new, old)
         code = jnp.where(accept, Result.SUCCESSFUL, Result.NONFINITE).astype(jnp.int32)
         return BilevelState(new.step, kept.vars, (kept.stages, Status(code)))
 
     return Solver(init, update, solver.draws, solver.cost)
+
+
+def keep(accept: Array, new: PyTree, old: PyTree) -> PyTree:
+    """``new`` where accepted, else ``old``; of tables always the new one, which a selection would copy.
+
+    A table only ever receives the row that was pending since an update that was accepted.
+    """
+
+    def select(n: Any, o: Any) -> Any:
+        return n if isinstance(n, Table) else jnp.where(accept, n, o)
+
+    return jax.tree.map(select, new, old, is_leaf=_is_table)
 
 
 def _is_status(node: Any) -> bool:

@@ -127,8 +127,9 @@ def full() -> Sampler:
     """
 
     def plan(data: Levels, key: Array, start: Array | int, count: int) -> Plan:
+        _rows(data)
         zeros = jnp.zeros(count, jnp.int32)
-        return Plan(Levels(zeros, zeros), _keys(key, start, count))
+        return Plan(Levels(zeros, zeros), _keys(_threefry(key), start, count))
 
     def gather(data: Levels, plan: Plan) -> Batch:
         slot = Levels(*(Slot(i, 1) for i in plan.block))
@@ -156,16 +157,38 @@ def from_stream(batches: Iterable[Batch], draws: int) -> Iterator[Batch]:
         >>> [b.inner.shape for b in from_stream(loader, draws=2)]
         [(2, 3), (2, 3)]
     """
-    draws = checks.positive_int("draws", draws)
+    return _groups(batches, checks.positive_int("draws", draws))
+
+
+def _groups(batches: Iterable[Batch], draws: int) -> Iterator[Batch]:
     group: list[Batch] = []
     for batch in batches:
         if not isinstance(batch, Batch):
             raise TypeError(f"batches: got an item of type {type(batch).__name__}, expected Batch(inner=..., outer=...)")
+        for slot in batch.slot or ():
+            if isinstance(slot, Slot) and not 0 <= int(slot.index) < slot.count:
+                raise ValueError(f"batch.slot: got the index {int(slot.index)}, expected one of {slot.count} blocks")
         group.append(batch)
         if len(group) == draws:
             bare = [b._replace(full=None) for b in group]
             yield jax.tree.map(lambda *leaves: jnp.stack(leaves), *bare)._replace(full=group[0].full)
             group = []
+
+
+def _rows(data: Levels) -> Levels:
+    """The numbers of samples of the two levels."""
+    if not isinstance(data, Levels):
+        raise TypeError(f"data: got {type(data).__name__}, expected Levels(inner=..., outer=...)")
+    return Levels(*(checks.rows(f"data.{name}", part) for name, part in zip(Levels._fields, data, strict=True)))
+
+
+def _threefry(key: Array) -> Array:
+    """The key itself, or one made of it where its generator is another one.
+
+    Under vmap the numbers of the rbg generators depend on the other lanes, so that draw t would not be a function of (key, t).
+    """
+    data = jax.random.key_data(key)
+    return jax.random.wrap_key_data(data[:2], impl="threefry2x32") if data.shape != (2,) else key
 
 
 def _keys(key: Array, start: Array | int, count: int) -> Array:
@@ -191,18 +214,16 @@ def _block_sampler(
         raise ValueError(f"remainder: got {remainder!r}, expected 'mask' or 'drop'")
 
     def counts(data: Levels) -> Levels:
-        if not isinstance(data, Levels):
-            raise TypeError(f"data: got {type(data).__name__}, expected Levels(inner=..., outer=...)")
-        found = []
-        for name, part, size in zip(Levels._fields, data, sizes, strict=True):
-            n = checks.rows(f"data.{name}", part)
+        found = _rows(data)
+        names = ("batch_size", "batch_size" if outer_batch_size is None else "outer_batch_size")
+        for argument, name, n, size in zip(names, Levels._fields, found, sizes, strict=True):
             if size > n:
-                raise ValueError(f"batch_size: got {size} rows of data.{name}, expected at most {n}, the rows there are")
-            found.append(n)
-        return Levels(*found)
+                raise ValueError(f"{argument}: got {size} rows of data.{name}, expected at most {n}, the rows there are")
+        return found
 
     def plan(data: Levels, key: Array, start: Array | int, count: int) -> Plan:
         of = Levels(*(blocks(n, size, remainder) for n, size in zip(counts(data), sizes, strict=True)))
+        key = _threefry(key)
         keys = _keys(key, start, count)
         return Plan(choose(key, keys, start, of), keys)
 

@@ -13,6 +13,7 @@ from jax import lax
 
 from bilevel_jax import checks
 from bilevel_jax.estimators import plain
+from bilevel_jax.results import all_finite, keep
 from bilevel_jax.types import (
     Array,
     Batch,
@@ -97,9 +98,11 @@ def descend(oracle: Oracle, opts: Vars, *, estimator: Estimator | None = None, s
 
     def init(vars: Vars, batches: Batch) -> DescendState:
         draw = jax.eval_shape(lambda b: take_draw(b, 0), batches)
+        bound = bind(jnp.zeros((), jnp.int32))
+        jax.eval_shape(bound, vars, draw)  # refuses bad losses and variables here, before anything is compiled
         with jax.numpy_dtype_promotion("standard"):
             opt_states = _each(lambda o, value: o.init(value), opts, vars)
-        return DescendState(estimator.init(bind(jnp.zeros((), jnp.int32)), vars, draw), opt_states)
+        return DescendState(estimator.init(bound, vars, draw), opt_states)
 
     def update(state: DescendState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, DescendState]:
         bound = bind(step)
@@ -110,6 +113,8 @@ def descend(oracle: Oracle, opts: Vars, *, estimator: Estimator | None = None, s
             with jax.numpy_dtype_promotion("standard"):
                 pairs = _each(lambda o, d, s, value: o.update(d, s, value), opts, direction, state.opts, vars)
                 new = [v if p is None else optax.apply_updates(v, p[0]) for v, p in zip(vars, pairs, strict=True)]
+            if steps > 1:  # what is not finite must not wait to be written into a table, where no guard could take it back
+                est = keep(all_finite(new), est, state.estimator)
             return Vars(*new), DescendState(est, Vars(*(None if p is None else p[1] for p in pairs)))
 
         if steps == 1:
@@ -180,6 +185,8 @@ def sweep(*stages: Stage) -> Solver:
         return jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype, copy=True), state)
 
     def update(state: BilevelState, batches: Batch) -> BilevelState:
+        if not isinstance(state, BilevelState) or len(state.stages) != len(stages):
+            raise TypeError(f"state: got {type(state).__name__}, expected the BilevelState that this solver's init returned")
         vars, states = state.vars, []
         for stage, own, batch in zip(stages, state.stages, share(batches), strict=True):
             vars, own = stage.update(own, vars, batch, state.step)

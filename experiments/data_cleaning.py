@@ -111,6 +111,7 @@ def task(config: Config) -> Task:
         start=Vars(jnp.zeros((rows.train_x.shape[1], rows.classes)), None, jnp.full(n, -2.0)),
         measure=lambda vars: jax.device_get(measured(vars, levels, test_x, test_y, corrupted)),
         labels={"test_error": "test error", "recall": "recall of corrupted labels"},
+        log_work=True,
         extra={"data_note": rows.note, "corrupted": wrong},
     )
 
@@ -121,7 +122,7 @@ def main(config: Config) -> None:
     config = dataclasses.replace(config, steps=config.steps or steps, evaluations=config.evaluations or evaluations)
     if not 0 <= config.corruption <= 1:
         raise SystemExit(f"--corruption: got {config.corruption}, expected a number in [0, 1]")
-    compare(task(config), config.solvers, rates(config), config, {"experiment": "data_cleaning"})
+    compare(lambda: task(config), config.solvers, rates(config), config, {"experiment": "data_cleaning"})
 
 
 if __name__ == "__main__":

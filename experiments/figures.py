@@ -8,6 +8,7 @@ import pandas as pd
 matplotlib.use("Agg")  # figures go to files, also where there is no screen
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import NullFormatter
 
 #: One colour and line style a solver, the same in every figure (colours of Okabe and Ito: told apart by all readers).
 STYLES = {
@@ -21,12 +22,15 @@ STYLES = {
 }
 
 
-def comparison(rows: pd.DataFrame, labels: dict[str, str], title: str, path: Path) -> None:
+def comparison(rows: pd.DataFrame, labels: dict[str, str], title: str, path: Path, *, log_work: bool = False) -> None:
     """Median and 20/80 % band over seeds of every metric in ``labels``, against seconds and against oracle calls.
 
-    Writes ``path`` with the endings .png and .pdf.
+    ``log_work`` makes the horizontal axes logarithmic (the start, at 0, is then left out).  Writes ``path`` with the endings
+    .png and .pdf.
     """
     axes_of = {"seconds": "seconds (one run, metrics excluded)", "oracle_calls": "oracle calls (batches)"}
+    if log_work:
+        rows = rows.query("step > 0")
     figure, axes = plt.subplots(
         len(labels), 2, figsize=(9.5, 3.2 * len(labels)), sharey="row", squeeze=False, layout="constrained"
     )
@@ -47,6 +51,10 @@ def comparison(rows: pd.DataFrame, labels: dict[str, str], title: str, path: Pat
                 axis.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
             if metric.endswith(("suboptimality", "norm", "error")):
                 axis.set_yscale("log")
+                axis.yaxis.set_major_formatter("{x:.3g}")
+                axis.yaxis.set_minor_formatter("{x:.2g}" if metric.endswith("error") else NullFormatter())
+            if log_work:
+                axis.set_xscale("log")
             axis.set_xlabel(name)
             axis.grid(visible=True, which="major", alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)

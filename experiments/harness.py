@@ -6,7 +6,7 @@ readable results, and goes on, bit for bit, with ``resume``.
 """
 
 import dataclasses
-import functools
+import datetime
 import json
 import platform
 import shutil
@@ -44,6 +44,7 @@ class Task(NamedTuple):
     start: Vars
     measure: Callable[[Vars], dict[str, np.ndarray]]  # variables [seeds, ...] -> {metric: [seeds]}, off the clock
     labels: dict[str, str]  # metrics of the figure, with their axis labels
+    log_work: bool = False  # logarithmic time and oracle calls in the figure
     extra: dict[str, Any] = {}  # noqa: RUF012 (written into config.json as it is)
 
 
@@ -84,15 +85,25 @@ class Options:
 
 
 def compare(
-    task: Task, names: tuple[str, ...], rates: dict[str, Rates], options: Options, config: dict[str, Any]
+    make_task: Callable[[], Task], names: tuple[str, ...], rates: dict[str, Rates], options: Options, config: dict[str, Any]
 ) -> pd.DataFrame:
-    """Run the solvers on the task, write everything into ``options.out``, and return the history."""
+    """Run the solvers on the task, write everything into ``options.out``, and return the history.
+
+    The task is made after the options and the folder have been checked: it may take minutes.
+    """
     steps, evaluations = options.steps, options.evaluations
+    if not names:
+        raise SystemExit("--solvers: got none, expected at least one")
     if not steps or not evaluations or steps % evaluations:
         raise SystemExit(f"--steps: got {steps}, expected a multiple of --evaluations = {evaluations}")
     every = steps // evaluations
-    record = {**config, **dataclasses.asdict(options), "rates": {n: rates[n]._asdict() for n in names}, **task.extra}
-    store = Store.open(options, record)
+    record = {**config, **dataclasses.asdict(options), "rates": {n: rates[n]._asdict() for n in names}}
+    Store.check(options, record)
+    task = make_task()
+    for name in names:  # refuses, say, a batch size above the number of rows before anything is written
+        solver, sampler = build(task, name, rates[name], options.batch_size)
+        jax.eval_shape(lambda data, s=solver, m=sampler: begin(s, m, task.start, data, jax.random.key(0)), task.data)
+    store = Store.open(options, record, task.extra)
     try:
         with _interruptible(), tqdm(total=len(names) * evaluations, unit="evaluation", file=sys.stderr) as bar:
             for name in names:
@@ -139,8 +150,7 @@ def _run_one(
     bar: tqdm,
 ) -> None:
     bar.set_description(name)
-    done = store.last_step(name)
-    if done == steps:
+    if store.finished(name):
         bar.update(steps // every)
         return
     lanes = _lanes(METHODS[name].coin)
@@ -151,11 +161,10 @@ def _run_one(
     keys = jax.vmap(jax.random.key)(jnp.arange(1, seeds + 1))
     carry = start(keys, task.data)
     clock = store.clock(name, lambda: seconds(task, solver, sampler, steps, every), every)
-    if done is None:
+    carry, done = store.restore(name, carry)
+    if done == 0:
+        store.forget(name, -1)
         store.add(name, 0, 0.0, 0.0, task.measure(carry.state.vars))
-        done = 0
-    else:
-        carry, done = store.restore(name, carry)
     bar.update(done // every)
     saved = time.monotonic()
     while done < steps:
@@ -164,7 +173,7 @@ def _run_one(
             done += every
             row = task.measure(carry.state.vars)
         except KeyboardInterrupt:
-            if int(carry.state.step) == store.last_step(name):
+            if int(carry.state.step) == store.last_step(name, seeds):
                 store.save(name, carry)
             raise
         store.add(name, done, oracle_calls(task, solver, sampler, done), clock[done // every - 1], row)
@@ -214,30 +223,38 @@ class Store:
     out: Path
 
     @staticmethod
-    def open(options: Options, record: dict[str, Any]) -> "Store":
-        """Make the folder, or take up an earlier run in it, and write config.json."""
+    def check(options: Options, record: dict[str, Any]) -> None:
+        """Refuse a folder that holds something else, and settings that are not those of the run to resume."""
         out, path = options.out, options.out / "config.json"
-        settings = {k: v for k, v in json.loads(json.dumps(record, default=str)).items() if k not in ("resume", "overwrite")}
-        if options.overwrite and out.exists():
-            if not path.exists() and any(out.iterdir()):
-                raise SystemExit(f"--overwrite: got {out}, which holds no config.json of an earlier run: delete it yourself")
-            shutil.rmtree(out)
+        if options.overwrite and out.exists() and not path.exists() and any(out.iterdir()):
+            raise SystemExit(f"--overwrite: got {out}, which holds no config.json of an earlier run: delete it yourself")
         if options.resume:
             if not path.exists():
                 raise SystemExit(f"--resume: got {out}, expected a folder with the config.json of an interrupted run")
-            before = json.loads(path.read_text())["settings"]
+            settings, before = _settings(record), json.loads(path.read_text())["settings"]
             other = [k for k in settings if before.get(k) != settings[k]]
             if other:
                 differ = ", ".join(f"{k}: {before.get(k)!r} then, {settings[k]!r} now" for k in other)
                 raise SystemExit(f"--resume: the settings differ from those of the run in {out}: {differ}")
-        elif path.exists():
+        elif path.exists() and not options.overwrite:
             raise SystemExit(f"--out: {out} holds a run already: give another folder, --resume or --overwrite")
+
+    @staticmethod
+    def open(options: Options, record: dict[str, Any], facts: dict[str, Any]) -> "Store":
+        """Make the folder, or take up an earlier run in it, and write config.json: one session each time."""
+        out, path = options.out, options.out / "config.json"
+        if options.overwrite:
+            shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
-        versions = {m.__name__: m.__version__ for m in (bilevel_jax, jax, optax, np, pd)}
         device = jax.devices()[0]
-        machine = {"device": f"{device.platform}: {device.device_kind}", "python": platform.python_version()}
-        text = json.dumps({"settings": settings, "versions": versions, "machine": machine}, indent=2)
-        path.write_text(text + "\n")
+        session = {
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": {m.__name__: m.__version__ for m in (bilevel_jax, jax, optax, np, pd)},
+            "machine": {"device": f"{device.platform}: {device.device_kind}", "python": platform.python_version()},
+        }
+        earlier = json.loads(path.read_text())["sessions"] if path.exists() else []
+        known = {"settings": _settings(record), "facts": facts, "sessions": [*earlier, session]}
+        _write(path, json.dumps(known, indent=2) + "\n")
         return Store(out)
 
     def history(self) -> pd.DataFrame:
@@ -248,14 +265,15 @@ class Store:
         text = path.read_text()
         complete = text[: text.rfind("\n") + 1]
         if complete != text:
-            path.write_text(complete)
+            _write(path, complete)
         return pd.read_csv(path)
 
-    def last_step(self, name: str) -> int | None:
+    def last_step(self, name: str, seeds: int) -> int | None:
         """The last step of which the rows of all seeds are known."""
-        rows = self.history()
-        steps = rows.loc[rows["solver"] == name, "step"].to_numpy()
-        return int(steps.max()) if steps.size else None
+        rows: Any = self.history()
+        counts = rows[rows["solver"] == name].groupby("step")["seed"].nunique()
+        complete = counts.index[counts == seeds]
+        return int(complete.max()) if len(complete) else None
 
     def add(self, name: str, step: int, calls: float, clock: float, row: dict[str, np.ndarray]) -> None:
         """Write the rows of all seeds at a step, at once."""
@@ -275,7 +293,7 @@ class Store:
             return mine["seconds"].to_numpy()
         spent = measure()
         rows = pd.DataFrame({"solver": name, "step": every * np.arange(1, len(spent) + 1), "seconds": spent})
-        (pd.concat([known, rows]) if len(known) else rows).to_csv(path, index=False)
+        _write(path, (pd.concat([known, rows]) if len(known) else rows).to_csv(index=False))
         return spent
 
     @contextmanager
@@ -296,7 +314,7 @@ class Store:
             manager.wait_until_finished()
 
     def restore(self, name: str, template: Carry) -> tuple[Carry, int]:
-        """The last saved state and its step; rows that were written after it are dropped, to be computed again."""
+        """The last saved state and its step (the template and 0 if there is none); later rows are dropped."""
         import orbax.checkpoint as ocp
 
         carry, step = template, 0
@@ -306,20 +324,29 @@ class Store:
                     step = manager.latest_step()
                     shapes = jax.eval_shape(lambda: template)
                     carry = manager.restore(step, args=ocp.args.StandardRestore(shapes))
-        self.history()  # drops a line cut off
-        header, *lines = (self.out / "history.csv").read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.split(",")[0] != name or int(line.split(",")[2]) <= step]
-        temporary = self.out / "history.csv.part"
-        temporary.write_text("".join([header, *kept]))  # as text: not a digit changes
-        temporary.replace(self.out / "history.csv")
+        self.forget(name, step)
         return carry, step
+
+    def forget(self, name: str, after: int) -> None:
+        """Drop the rows of a solver after a step, to be computed again."""
+        if self.history().empty:  # also drops a line cut off
+            return
+        path = self.out / "history.csv"
+        header, *lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.split(",")[0] != name or int(line.split(",")[2]) <= after]
+        _write(path, "".join([header, *kept]))  # as text: not a digit changes
+
+    def finished(self, name: str) -> bool:
+        """Whether a solver has done all its steps, and its result codes are known."""
+        path = self.out / "results.json"
+        return path.exists() and name in json.loads(path.read_text())
 
     def finish(self, name: str, results: np.ndarray) -> None:
         """Keep the result codes of a solver that is done, and drop its checkpoint."""
         path = self.out / "results.json"
         known = json.loads(path.read_text()) if path.exists() else {}
         known[name] = [Result(int(code)).name for code in results]
-        path.write_text(json.dumps(known) + "\n")
+        _write(path, json.dumps(known) + "\n")
         shutil.rmtree(self.out / "checkpoints" / name, ignore_errors=True)
 
     def draw(self, task: Task) -> None:
@@ -328,7 +355,19 @@ class Store:
 
         rows = self.history()
         if not rows.empty:
-            comparison(rows, task.labels, f"{task.name}. {task.note}", self.out / "figure")
+            comparison(rows, task.labels, f"{task.name}. {task.note}", self.out / "figure", log_work=task.log_work)
+
+
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same when a run is resumed: not where it is written, nor how it is taken up."""
+    return {k: v for k, v in json.loads(json.dumps(record, default=str)).items() if k not in ("out", "resume", "overwrite")}
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def _report(store: Store) -> None:
@@ -356,6 +395,3 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-in_float64 = functools.partial(jax.enable_x64, True)

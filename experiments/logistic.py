@@ -6,6 +6,7 @@ Softmax:   g_i = cross-entropy(a'z, y) + (1/2) sum_c exp(x_c) |z_c|^2      one w
 The outer losses are the same on held-out rows, without penalty.  Data of a level are ``(rows [n, p], labels [n])``.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -58,6 +59,11 @@ def inner_hessian(z: Array, x: Array, data: tuple[Array, Array]) -> Array:
     return matrix + jnp.diag(jnp.tile(jnp.exp(x), p))
 
 
+#: Largest entry of d_z g at which an inner solution counts as exact.
+ACCURATE = 1e-9
+in_float64 = functools.partial(jax.enable_x64, True)
+
+
 class Exact(NamedTuple):
     """The value function and its gradient at x, with the inner solution: all float64."""
 
@@ -70,8 +76,9 @@ class Exact(NamedTuple):
 def exact(problem: Problem, data: Levels, *, iterations: int = 50, tolerance: float = 1e-13) -> Callable[..., Exact]:
     """``(x, z_guess) -> Exact`` by damped Newton steps on the inner problem and a direct solve of the adjoint.
 
-    Needs 64-bit types enabled while it is traced and called.  The inner problem is strongly convex, so Newton's method
-    with backtracking converges from anywhere, and quadratically in the end.
+    Needs 64-bit types enabled while it is traced and called.  The inner problem is strongly convex, so that Newton's method
+    with backtracking converges from anywhere that the loss can be evaluated; from a guess so far off that it overflows it
+    does not, and z = 0 is tried instead.  Read ``residual`` to know.
     """
 
     def g(z: Array, x: Array) -> Array:
@@ -104,6 +111,8 @@ def exact(problem: Problem, data: Levels, *, iterations: int = 50, tolerance: fl
 
     def evaluate(x: Array, guess: Array) -> Exact:
         z = solve(x, guess)
+        failed = ~(jnp.abs(jax.grad(g)(z, x)).max() <= ACCURATE)  # also where it is NaN
+        z = lax.cond(failed, lambda: solve(x, jnp.zeros_like(z)), lambda: z)
         fz, fx = jax.grad(f, argnums=(0, 1))(z, x)
         v = -jnp.linalg.solve(inner_hessian(z, x, data.inner), fz.ravel()).reshape(z.shape)
         slope, pullback = jax.vjp(lambda x: jax.grad(g)(z, x), x)
@@ -132,6 +141,9 @@ def minimise(evaluate: Callable[[np.ndarray, np.ndarray], Exact], starts: list[n
     The box stands for all of R^d: x_k runs to +infinity where a feature is best left out, and to -infinity where it is best
     left alone, and h is flat there.  h is not convex, so that several starts are taken and their agreement is reported.
     Deterministic, and independent of the solvers that are compared.
+
+    Raises:
+        RuntimeError: if the inner problem is not solved to `ACCURATE` somewhere on the way.
     """
     found = []
     for start in starts:
@@ -139,8 +151,11 @@ def minimise(evaluate: Callable[[np.ndarray, np.ndarray], Exact], starts: list[n
 
         def value_and_gradient(x: np.ndarray, warm: dict[str, np.ndarray] = warm) -> tuple[float, np.ndarray]:
             result = evaluate(x, warm["z"])
-            if np.isfinite(result.inner).all():
-                warm["z"] = np.asarray(result.inner)
+            if not result.residual <= ACCURATE:
+                raise RuntimeError(
+                    f"inner problem: got a residual of {result.residual} at x = {x}, expected at most {ACCURATE}"
+                )
+            warm["z"] = np.asarray(result.inner)
             return float(result.value), np.asarray(result.gradient)
 
         bounds = [(-BOX, BOX)] * start.size

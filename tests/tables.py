@@ -54,7 +54,7 @@ def tiny() -> Setting:
     """
     rows = np.arange(7.0)
     a, b, e = 1 + 0.3 * np.cos(rows), np.sin(rows), 1 + rows / 7
-    scalar = lambda value: jnp.asarray(np.float64(value))  # noqa: E731
+    scalar = lambda value: jnp.asarray(np.float64(value))
     problem = Problem(lambda z, x, s: 0.5 * s[0] * z**2 + x * z + s[1] * z, lambda z, x, s: 0.5 * (z - s) ** 2 + 0.5 * x**2)
     x = -(b.mean() / a.mean() ** 2 + e.mean() / a.mean()) / (1 + 1 / a.mean() ** 2)
     z = -(x + b.mean()) / a.mean()

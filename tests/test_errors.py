@@ -14,6 +14,7 @@ from bilevel_jax import Batch, Levels, Problem, Vars, begin, descend, guard, imp
 from bilevel_jax import stream as stream_run
 from bilevel_jax.estimators import ema, page, saga, sarah, storm
 from bilevel_jax.testing import quadratic
+from bilevel_jax.types import Slot
 from tests.checks import ZERO
 from tests.tables import SOLVERS, every_solver
 
@@ -142,6 +143,15 @@ CASES = {
         ValueError,
         ("problem.inner", "a scalar loss", "expected one value a sample", "remainder='drop'"),
     ),
+    "loss of another length": Case(
+        lambda: go(with_loss(outer=lambda z, x, b: z[:1])), ValueError, ("problem.outer", "(1,)", "(2,), one value a sample")
+    ),
+    "a loss and something else": Case(
+        lambda: go(with_loss(inner=lambda z, x, a: (z.sum(), a))),
+        TypeError,
+        ("problem.inner", "tuple", "expected a scalar or one value a sample"),
+    ),
+    "problem is a tuple": Case(lambda: solvers.soba(tuple(good()), OPTS), TypeError, ("problem:", "tuple", "expected Problem")),
     "loss of another length, ragged batch": Case(
         lambda: go(with_loss(inner=lambda z, x, a: a[:2].sum(1)), sampler=samplers.uniform(3)),
         ValueError,
@@ -170,6 +180,11 @@ CASES = {
         lambda: step(solvers.soba(good(), OPTS), one_batch(outer=None)),
         ValueError,
         ("opts.aux", "no direction", "is batch.outer or vars.aux None?"),
+    ),
+    "state is something else": Case(
+        lambda: solvers.soba(good(), OPTS).update(start(), one_batch()),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("state:", "Vars", "expected the BilevelState"),
     ),
     # tables and refreshes
     "other number of slots": Case(other_slots, ValueError, ("batch.slot", "2 blocks", "expected 5", "table")),
@@ -213,6 +228,7 @@ CASES = {
     "theta above 1": Case(lambda: solvers.ma_soba(good(), OPTS, theta=1.5), ValueError, ("theta", "1.5", "[0, 1]")),
     "theta of ema below 0": Case(lambda: ema(-0.1), ValueError, ("theta", "-0.1", "[0, 1]")),
     "eta is NaN": Case(lambda: storm(float("nan")), ValueError, ("eta", "nan", "[0, 1]")),
+    "theta is text": Case(lambda: ema("0.5"), TypeError, ("theta", "'0.5'", "[0, 1]")),  # pyright: ignore[reportArgumentType]
     "probability above 1": Case(lambda: page(2), ValueError, ("probability", "2", "[0, 1]")),
     # data
     "NaN in inner data": Case(
@@ -235,6 +251,14 @@ CASES = {
         lambda: go(data=data(inner={"a": jnp.ones((4, 2)), "s": jnp.ones(())})),
         ValueError,
         ("data.inner", "['s']", "expected one common number of samples"),
+    ),
+    "no samples": Case(
+        lambda: go(data=data(inner=jnp.ones((0, 2)))), ValueError, ("data.inner", "no samples", "expected at least 1")
+    ),
+    "slot out of range in a stream": Case(
+        lambda: next(samplers.from_stream([Batch(slot=Levels(Slot(np.int32(5), 5), None))], draws=1)),
+        ValueError,
+        ("batch.slot", "index 5", "expected one of 5 blocks"),
     ),
     "no data": Case(lambda: go(data=data(outer=())), ValueError, ("data.outer", "()", "expected a pytree of arrays")),
     "inner batch larger than the data": Case(
@@ -273,7 +297,9 @@ CASES = {
         lambda: go(metrics=lambda vars, data: {"x": vars.outer}), ValueError, ("metrics", "'x'", "(3,)", "expected a scalar")
     ),
     "a metric called step": Case(
-        lambda: go(metrics=lambda vars, data: {"step": vars.outer.sum()}), ValueError, ("metrics", "'step'", "expected")
+        lambda: go(metrics=lambda vars, data: {"step": vars.outer.sum()}),
+        TypeError,
+        ("metrics", "'step'", "expected", "none of them called 'step'"),
     ),
 }
 
@@ -329,6 +355,13 @@ def test_counts_are_positive_ints(name, given):
 def test_every_solver_wants_three_optimisers(name, missing):
     call = partial(SOLVERS[name], good(), OPTS._replace(**{missing: None}))
     refused(call, ValueError, (f"opts.{missing}", "None", "expected an optax transformation"))
+
+
+def test_float64_is_refused_where_it_would_be_rounded():
+    wide = Vars(np.ones(2), None, np.ones(3))
+    with jax.enable_x64(False):
+        refused(partial(go, vars=wide), TypeError, ("vars.inner", "float64[2]", "jax_enable_x64 is off", "expected float32"))
+    assert jax.eval_shape(partial(go, vars=wide))[0].state.vars.inner.dtype == jnp.float64
 
 
 def test_the_good_call_is_good():

@@ -52,8 +52,9 @@ def finished(tmp_path_factory):
 
 def test_files_and_columns(finished):
     config = json.loads((finished / "config.json").read_text())
-    assert config["versions"]["jax"] == jax.__version__
-    assert config["machine"]["device"].startswith("cpu")
+    assert config["sessions"][0]["versions"]["jax"] == jax.__version__
+    assert config["sessions"][0]["machine"]["device"].startswith("cpu")
+    assert config["facts"]["reference"]["starts"] == 5
     assert config["settings"]["rates"]["saba"] == {"step_size": 0.05, "outer_ratio": 0.1}
     table = pd.read_csv(finished / "history.csv")
     assert list(table)[:5] == ["solver", "seed", "step", "oracle_calls", "seconds"]

@@ -169,6 +169,20 @@ def test_result_of_a_run_is_the_worst_met():
     assert distance(carry.finite, carry.state.vars) == 0
 
 
+def test_metrics_that_are_not_finite_are_reported():
+    """The variables are, and are kept; a metric that is an int is no matter."""
+
+    def metrics(vars: Vars, data: Levels) -> dict[str, jax.Array]:
+        del data
+        return {"log": jnp.log(vars.outer - 1e9), "count": jnp.int32(3)}
+
+    q, solver = tiny(), build("soba", tiny().problem)
+    carry, history = jax.jit(lambda k: run(solver, tiny_sampler(), q.start, q.data, k, steps=2, metrics=metrics))(jax.random.key(0))
+    assert int(carry.result) == Result.NONFINITE
+    assert np.isnan(history["log"]).all()
+    check_same(carry.finite, carry.state.vars)
+
+
 def test_codes():
     assert Result.SUCCESSFUL < Result.NONFINITE
     assert all(code.message for code in Result)

@@ -4,12 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 from bilevel_jax import Levels, Vars, descend, implicit, samplers, solvers, sweep
 from bilevel_jax.estimators import saga
-from bilevel_jax.samplers import Plan, Sampler
+from bilevel_jax.samplers import Plan
 from bilevel_jax.types import Batch, Oracle, Terms
 from tests.checks import (
     check_blocks,
@@ -20,7 +21,6 @@ from tests.checks import (
     check_same,
     check_solution,
     decay,
-    hand,
 )
 from tests.tables import STEPS, ragged, small, small_stream
 
@@ -143,30 +143,23 @@ def test_unmasked_padding_is_caught():
         check_blocks(sampler._replace(gather=unmasked), (4, 4), (10, 11))
 
 
-def off_by_one() -> Sampler:
+def off_by_one(plan: Plan, counts: tuple[int, int]) -> Plan:
     """Epochs whose counter runs to the number of blocks inclusive, and clamps: the last block comes twice a pass."""
-    good = samplers.epochs(4, outer_batch_size=3)
-
-    def plan(data: Levels, key: jax.Array, start: Any, count: int) -> Plan:
-        made = good.plan(data, key, start, count)
-        counts = [slot.count for slot in good.gather(data, hand(0, 0)).slot or ()]
-        t = start + jnp.arange(count, dtype=jnp.int32)
-        block = (jnp.minimum(t % (n + 1), n - 1) for n in counts)
-        return made._replace(block=Levels(*block))
-
-    return good._replace(plan=plan)
+    t = np.arange(len(plan.key))
+    return plan._replace(block=Levels(*(np.minimum(t % (n + 1), n - 1) for n in counts)))
 
 
-def test_off_by_one_epochs_are_caught():
-    data = Levels(jnp.arange(10.0), jnp.arange(11.0))
-    check_passes(samplers.epochs(4, outer_batch_size=3), data, (3, 4))
-    with pytest.raises(AssertionError):
-        check_passes(off_by_one(), data, (3, 4))
-
-
-def test_draws_with_replacement_are_caught_as_epochs():
-    with pytest.raises(AssertionError):
-        check_passes(samplers.uniform(4, outer_batch_size=3), Levels(jnp.arange(10.0), jnp.arange(11.0)), (3, 4))
+def test_samplers_that_miss_a_block_are_caught():
+    data, key = Levels(jnp.arange(10.0), jnp.arange(11.0)), jax.random.key(3)
+    good, uniform = (
+        jax.jit(lambda make=make: make(4, outer_batch_size=3).plan(data, key, 0, 24))()
+        for make in (samplers.epochs, samplers.uniform)
+    )
+    check_passes(good, (3, 4))
+    repeated = good._replace(block=Levels(*(np.tile(np.arange(n), 24 // n) for n in (3, 4))))
+    for bad in (off_by_one(good, (3, 4)), uniform, repeated):
+        with pytest.raises(AssertionError):
+            check_passes(bad, (3, 4))
 
 
 def test_comparison_sees_values_dtypes_and_structures():

@@ -25,11 +25,28 @@ def blocks_of(plan):
     return np.asarray(plan.block.inner), np.asarray(plan.block.outer)
 
 
+LENGTH = 48  # draws: 16 and 12 passes over 3 and 4 blocks
+
+
+def make(kind):
+    """3 blocks of 4 rows of 10, and 4 of 3 rows of 11; `full` has one of each."""
+    return samplers.full() if kind == "full" else KINDS[kind](4, outer_batch_size=3)
+
+
 @cache
-def planner(kind, sizes, counts, draws):
-    """The compiled plan of a key, for data of the given numbers of rows."""
-    sampler = KINDS[kind](sizes[0], outer_batch_size=sizes[1])
-    return jax.jit(lambda key: sampler.plan(rows(*counts), key, 0, draws))
+def plan_of(kind, seed=0):
+    return planner(kind)(jax.random.key(seed))
+
+
+@cache
+def planner(kind):
+    return jax.jit(lambda key: make(kind).plan(rows(10, 11), key, 0, LENGTH))
+
+
+@cache
+def stretch(kind, count):
+    """The compiled plan of ``count`` draws from any draw on."""
+    return jax.jit(lambda start: make(kind).plan(rows(10, 11), jax.random.key(0), start, count))
 
 
 @every_kind
@@ -54,54 +71,39 @@ def test_dropping_the_remainder(kind):
     """The rows left out are in no draw and not in the full data; there are no weights, so scalar losses will do."""
     sampler, data = KINDS[kind](4, outer_batch_size=3, remainder="drop"), rows(10, 8)
     check_same(sampler.whole(data), Levels(data.inner[:8], data.outer[:6]))
-    batch = sampler.batches(data, jax.random.key(0), 0, 6)
+    batch = sampler.stack(data, jax.tree.map(lambda leaf: leaf[None], hand(1, 1)))
     assert batch.full is not None
     check_same(batch.full, sampler.whole(data))
     assert batch.weight == Levels(None, None)
     assert {slot.count for slot in batch.slot or ()} == {2}
-    assert float(batch.inner.max()) < 8
-    assert float(batch.outer.max()) < 106
+    np.testing.assert_array_equal(batch.inner[0], [4.0, 5.0, 6.0, 7.0])
+    np.testing.assert_array_equal(batch.outer[0], [103.0, 104.0, 105.0])
     assert (samplers.blocks(10, 4), samplers.blocks(10, 4, "drop")) == (3, 2)
     kept = KINDS[kind](4, outer_batch_size=3)
     check_same(kept.whole(data), data)
 
 
 def test_epochs_visit_every_block_once_a_pass():
-    """On levels of 3 and 4 blocks, and on levels of one length."""
-    check_passes(samplers.epochs(4, outer_batch_size=3), rows(10, 11), (3, 4))
-    check_passes(samplers.epochs(4), rows(17, 20), (5, 5))
+    """On levels of 3 and 4 blocks."""
+    check_passes(plan_of("epochs"), (3, 4))
 
 
 def test_epochs_hold_across_chunk_borders():
     """Chunks of 5 draws cut the passes of 3 and of 4 blocks anywhere; together they are passes."""
-    sampler, data, key = samplers.epochs(4, outer_batch_size=3), rows(10, 11), jax.random.key(2)
-    chunk = jax.jit(lambda start: sampler.plan(data, key, start, 5))
-    parts = [chunk(jnp.int32(5 * k)).block for k in range(12)]
+    parts = [stretch("epochs", 5)(jnp.int32(5 * k)).block for k in range(12)]
     for level, count in enumerate((3, 4)):
         order = np.concatenate([part[level] for part in parts]).reshape(-1, count)
         np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(count), (len(order), 1)))
 
 
-LENGTH = 24
-
-
-@pytest.fixture(scope="module")
-def plans():
-    """Long plans, and the compiled stretches of 1 and 5 draws."""
-    data, key = rows(10, 11), jax.random.key(5)
-    made = {}
-    for kind, make in {**KINDS, "full": lambda *_, **__: samplers.full()}.items():
-        sampler = make(4, outer_batch_size=3)
-        stretches = {n: jax.jit(lambda start, s=sampler, n=n: s.plan(data, key, start, n)) for n in (1, 5)}
-        made[kind] = jax.jit(lambda s=sampler: s.plan(data, key, 0, LENGTH))(), stretches
-    return made
-
-
 @pytest.mark.parametrize("kind", [*KINDS, "full"])
 @given(start=st.integers(0, LENGTH - 5), count=st.sampled_from([1, 5]))
-def test_any_stretch_of_a_plan_is_that_of_a_longer_one(plans, kind, start, count):
-    whole, stretches = plans[kind]
-    check_same(stretches[count](jnp.int32(start)), jax.tree.map(lambda leaf: leaf[start : start + count], whole))
+def test_any_stretch_of_a_plan_is_that_of_a_longer_one(kind, start, count):
+    longer = jax.tree.map(lambda leaf: np.asarray(leaf)[start : start + count], plan_of(kind).block)
+    part = stretch(kind, count)(jnp.int32(start))
+    check_same(jax.tree.map(np.asarray, part.block), longer)
+    keys = np.asarray(jax.random.key_data(plan_of(kind).key))[start : start + count]
+    np.testing.assert_array_equal(jax.random.key_data(part.key), keys)
 
 
 def chi_square(observed: np.ndarray, expected: np.ndarray) -> None:
@@ -112,7 +114,7 @@ def chi_square(observed: np.ndarray, expected: np.ndarray) -> None:
 
 def test_uniform_is_uniform_and_its_levels_and_draws_are_independent():
     count = 6000
-    inner, outer = blocks_of(planner("uniform", (4, 3), (12, 12), count)(jax.random.key(0)))
+    inner, outer = blocks_of(jax.jit(lambda key: make("uniform").plan(rows(10, 11), key, 0, count))(jax.random.key(0)))
     assert set(inner) == {0, 1, 2}
     assert set(outer) == {0, 1, 2, 3}
     for order, of in ((inner, 3), (outer, 4)):
@@ -124,9 +126,10 @@ def test_uniform_is_uniform_and_its_levels_and_draws_are_independent():
 
 
 def test_epochs_are_uniform_permutations_independent_between_levels():
-    passes = 1200
-    inner, outer = blocks_of(planner("epochs", (4, 4), (12, 12), 3 * passes)(jax.random.key(0)))
-    codes = [order.reshape(-1, 3) @ np.array([9, 3, 1]) for order in (inner, outer)]
+    passes, sampler = 1200, samplers.epochs(4)
+    plan = jax.jit(lambda key: sampler.plan(rows(12, 12), key, 0, 3 * passes))(jax.random.key(0))
+    check_passes(plan, (3, 3))
+    codes = [order.reshape(-1, 3) @ np.array([9, 3, 1]) for order in blocks_of(plan)]
     found = [np.unique(code, return_inverse=True)[1] for code in codes]
     for code in found:
         chi_square(np.bincount(code, minlength=6), np.full(6, passes / 6))
@@ -135,17 +138,26 @@ def test_epochs_are_uniform_permutations_independent_between_levels():
 
 @every_kind
 def test_keys_give_other_draws_and_every_draw_a_key_of_its_own(kind):
-    first, second = (planner(kind, (4, 3), (10, 11), 12)(jax.random.key(seed)) for seed in (0, 1))
+    first, second = (plan_of(kind, seed) for seed in (0, 1))
     assert any((a != b).any() for a, b in zip(blocks_of(first), blocks_of(second), strict=True))
     keys = jax.random.key_data(jnp.concatenate([first.key, second.key]))
-    assert len({tuple(data) for data in np.asarray(keys).tolist()}) == 24
+    assert len({tuple(data) for data in np.asarray(keys).tolist()}) == 2 * LENGTH
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_keys_of_any_generator_give_the_same_draws_under_vmap(impl):
+    """Draw t is a function of the key and t, whatever the other lanes do."""
+    keys = jnp.stack([jax.random.key(seed, impl=impl) for seed in range(3)])
+    make_plan = jax.jit(lambda key: make("uniform").plan(rows(10, 11), key, 0, 5).block)
+    lanes = jax.jit(jax.vmap(make_plan))(keys)
+    for lane in range(3):
+        check_same(jax.tree.map(lambda leaf, lane=lane: leaf[lane], lanes), make_plan(keys[lane]))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "full"])
 def test_stacking_is_gathering_one_by_one(kind):
     """For few draws, which are written out, and for many, which are a loop; the full data are not stacked."""
-    sampler, data = (samplers.full() if kind == "full" else KINDS[kind](4, outer_batch_size=3)), rows(10, 11)
-    plan = sampler.plan(data, jax.random.key(0), 0, 6)
+    sampler, data, plan = make(kind), rows(10, 11), plan_of(kind)
     for draws in (1, 6):
         part = jax.tree.map(lambda leaf, n=draws: leaf[:n], plan)
         stacked = sampler.stack(data, part)
@@ -157,7 +169,7 @@ def test_stacking_is_gathering_one_by_one(kind):
 
 def test_full_is_one_block_without_weights():
     data = rows(10, 6)
-    batch = samplers.full().batches(data, jax.random.key(0), 3, 2)
+    batch = samplers.full().stack(data, jax.tree.map(lambda leaf: leaf[3:5], plan_of("full")))
     assert batch.weight is None
     assert [slot.count for slot in batch.slot or ()] == [1, 1]
     assert [slot.index.tolist() for slot in batch.slot or ()] == [[0, 0], [0, 0]]
@@ -169,7 +181,7 @@ def test_data_may_be_trees_of_several_leaves_and_dtypes():
     data = Levels(
         {"a": jnp.ones((10, 2), jnp.float32), "n": jnp.arange(10, dtype=jnp.int32)}, (jnp.ones((6, 3), jnp.bfloat16),)
     )
-    batch = samplers.uniform(4, outer_batch_size=3).batches(data, jax.random.key(0), 0, 5)
+    batch = make("uniform").stack(data, jax.tree.map(lambda leaf: leaf[:5], plan_of("uniform")))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), Levels(batch.inner, batch.outer)) == Levels(
         {"a": ((5, 4, 2), "float32"), "n": ((5, 4), "int32")}, (((5, 3, 3), "bfloat16"),)
     )

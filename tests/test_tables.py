@@ -97,11 +97,11 @@ def host_text(solver: Solver, size: str) -> tuple[str, set[tuple[int, ...]]]:
     ("how", "size"),
     [
         ("scan", "short rows"),
-        ("scan", "long rows"),
         ("host loop", "short rows"),
         ("host loop", "long rows"),
         ("seeds", "short rows"),
         ("guard", "long rows"),
+        pytest.param("scan", "long rows", marks=pytest.mark.slow),  # the guarded scan is the harder one
         pytest.param("seeds", "long rows", marks=pytest.mark.slow),
         pytest.param("guard", "short rows", marks=pytest.mark.slow),
     ],
@@ -179,6 +179,7 @@ def test_the_check_finds_copies_where_they_are():
         check_no_copies(text, (1234, 5))
 
 
+@pytest.mark.slow
 def test_naive_saga_is_saga():
     """So that the copies above are the price of the layout, not of another method."""
     problem, sampler, start, data = setting("short rows")

@@ -1,0 +1,340 @@
+"""The hypergradient as a function, and decorators that make a solver of your own differentiable.
+
+`hypergradient` evaluates ``grad h(x)``, ``h(x) = f(z*(x), x)``, at given z and x by one of the methods of this module, and
+says how far it can be trusted: the residuals of both levels and a result code.  `implicit_root` and `implicit_fixed_point`
+give a black-box inner solver the derivatives of its solution.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from bilevel_jax import checks
+from bilevel_jax.linear_solve import LinearSolver, auto
+from bilevel_jax.oracles import mean_loss
+from bilevel_jax.results import Result, all_finite
+from bilevel_jax.types import Array, Batch, Levels, Problem, PyTree
+
+
+class Stats(NamedTuple):
+    """How far a hypergradient can be trusted, and what it was computed with."""
+
+    code: Array  # int32 [], a `bilevel_jax.Result`
+    inner_residual: Array  # |d_z g(z, x)|: 0 at z = z*(x)
+    adjoint_residual: Array  # |d2_zz g v + d_z f|: 0 at v = v*; inf where a method has no v
+    steps: Array  # int32 [], Hessian-vector products (implicit) or inner steps (iterative)
+    inner: PyTree  # the z at which f was evaluated
+    aux: PyTree  # v, to warm-start the next call with; None where a method has none
+
+
+class Losses(NamedTuple):
+    """The two losses on one batch, as functions of (z, x) to scalars."""
+
+    g: Callable[[PyTree, PyTree], Array]
+    f: Callable[[PyTree, PyTree], Array]
+
+
+#: ``(losses, z, x, guess of v or None, key or None) -> (value, gradient, Stats)``.
+Method = Callable[[Losses, PyTree, PyTree, PyTree, Any], tuple[Array, PyTree, Stats]]
+
+
+def hypergradient(problem: Problem, method: Method) -> Callable[..., tuple[Array, PyTree, Stats]]:
+    """``(z, x, batch, guess=None, key=None) -> (value, gradient, Stats)`` by a method of this module.
+
+    Args:
+        problem: the two losses.
+        method: `implicit`, `iterative`, `one_step` or `t1_t2`.
+
+    Returns:
+        A pure function.  ``value`` is f at the method's inner solution, ``gradient`` is shaped like x, ``guess`` starts the
+        linear solver (pass ``stats.aux`` of the last call), ``key`` is for linear solvers that draw.
+
+    Raises:
+        TypeError, ValueError: (when traced) for variables that are not floating-point pytrees, a batch that is not a
+            ``Batch``, and losses that return neither a scalar nor one value a sample.
+
+    Example:
+        >>> from bilevel_jax import testing
+        >>> q = testing.quadratic(jax.random.key(0))
+        >>> at = q.at(q.start.outer)
+        >>> _, gradient, stats = hypergradient(q.problem, implicit())(at.inner, at.outer, Batch(*q.data))
+        >>> bool(jnp.allclose(gradient, q.gradient(at.outer), atol=1e-4)), int(stats.code)
+        (True, 0)
+    """
+
+    def evaluate(z: PyTree, x: PyTree, batch: Batch, guess: PyTree = None, key: Any = None) -> tuple[Array, PyTree, Stats]:
+        checks.floating("z", z)
+        checks.floating("x", x)
+        if not isinstance(batch, Batch):
+            raise TypeError(f"batch: got {type(batch).__name__}, expected Batch(inner=..., outer=...)")
+        if guess is not None:
+            checks.same_shapes("guess", guess, z, "z")
+        return method(bind(problem, batch), z, x, guess, key)
+
+    return evaluate
+
+
+def bind(problem: Problem, batch: Batch) -> Losses:
+    """The mean losses of a problem on a batch, as functions of (z, x)."""
+    g, f = mean_loss(problem.inner, "problem.inner"), mean_loss(problem.outer, "problem.outer")
+    weight = batch.weight or Levels()
+    return Losses(
+        lambda z, x: g(z, x, batch.inner, weight.inner),
+        lambda z, x: f(z, x, batch.outer, weight.outer),
+    )
+
+
+def implicit(solver: LinearSolver | None = None, *, tolerance: float | None = None) -> Method:
+    """Approximate implicit differentiation (AID): ``H v = -d_z f``, then ``d_x f + d2_xz g v``.
+
+    Args:
+        solver: of `bilevel_jax.linear_solve`; by default `auto`, a dense factorisation of small systems and conjugate
+            gradients on large ones, never the normal equations.
+        tolerance: if given, ``|d_z g|`` above it is reported as INNER_NOT_CONVERGED: the formula holds at z*(x) only.
+
+    Returns:
+        A method whose code is that of the linear solver.  A gradient that is not finite is reported as NONFINITE.
+
+    Cost: one inner gradient, one outer gradient pair, one cross product, and the applications of the solver plus one
+    Hessian-vector products.
+
+    Reference: Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced design", ICML 2021, arXiv
+    2010.07962, equations (2)-(3); Pedregosa, "Hyperparameter optimization with approximate gradient", 2016, arXiv
+    1602.02355.  The sign of v is the opposite of theirs.
+    """
+    solver = auto() if solver is None else solver
+    if solver.draws:
+        raise ValueError("solver: got one that wants a sample an application, expected one made with fresh=False")
+
+    def method(losses: Losses, z: PyTree, x: PyTree, guess: PyTree, key: Any) -> tuple[Array, PyTree, Stats]:
+        value, (fz, fx) = jax.value_and_grad(losses.f, argnums=(0, 1))(z, x)
+        slope, hessian = jax.linearize(lambda z: jax.grad(losses.g)(z, x), z)
+        v, linear = solver.solve(hessian, jax.tree.map(jnp.negative, fz), guess, key)
+        _, pull = jax.vjp(lambda x: jax.grad(losses.g)(z, x), x)
+        gradient = jax.tree.map(jnp.add, fx, pull(v)[0])
+        code = linear.code
+        if tolerance is not None:
+            code = jnp.maximum(code, jnp.where(norm(slope) > tolerance, Result.INNER_NOT_CONVERGED, 0).astype(code.dtype))
+        stats = Stats(_checked(code, gradient), norm(slope), linear.residual, linear.steps, z, v)
+        return value, gradient, stats
+
+    return method
+
+
+def iterative(
+    opt: optax.GradientTransformation, steps: int, *, truncate: int | None = None, checkpoint: str = "sqrt"
+) -> Method:
+    """Iterative differentiation (ITD): back-propagate through ``steps`` inner steps from z, which is held constant.
+
+    Args:
+        opt: inner optimiser, such as ``optax.sgd(rate)``.
+        steps: inner steps D, at least 1.
+        truncate: if given, differentiate only the last so many of them; with rate a and strong convexity mu the
+            gradient is then biased by a factor (1 - a mu)^truncate.
+        checkpoint: what the backward pass recomputes.  ``"sqrt"``: blocks of about sqrt(steps) steps, memory O(sqrt D);
+            ``"step"``: each step, memory O(D) iterates; ``"none"``: nothing, memory O(D) everything.
+
+    Returns:
+        A method whose ``stats.inner`` is the last iterate: warm-start the next call with it.  The bias of an unconverged
+        inner loop, (1 - a mu)^D, shows in ``stats.inner_residual``.
+
+    Cost: D inner gradients, D Hessian-vector and D cross products, one outer gradient pair.
+
+    Reference: Ji, Yang, Liang, ICML 2021, arXiv 2010.07962, Algorithm 1 (ITD-BiO); truncation: Shaban, Cheng, Hatch, Boots,
+    "Truncated back-propagation for bilevel optimization", 2019, arXiv 1810.10667.
+    """
+    steps = checks.positive_int("steps", steps)
+    kept = steps if truncate is None else checks.positive_int("truncate", truncate)
+    if kept > steps:
+        raise ValueError(f"truncate: got {kept}, expected at most steps = {steps}")
+    if checkpoint not in ("sqrt", "step", "none"):
+        raise ValueError(f"checkpoint: got {checkpoint!r}, expected 'sqrt', 'step' or 'none'")
+
+    def method(losses: Losses, z: PyTree, x: PyTree, guess: PyTree, key: Any) -> tuple[Array, PyTree, Stats]:
+        del guess, key
+        with jax.numpy_dtype_promotion("standard"):
+            start = (lax.stop_gradient(z), opt.init(z))
+
+        def descend(carry: Any, x: PyTree) -> Any:
+            z, state = carry
+            with jax.numpy_dtype_promotion("standard"):
+                updates, state = opt.update(jax.grad(losses.g)(z, x), state, z)
+                return optax.apply_updates(z, updates), state
+
+        if steps > kept:
+            start = lax.stop_gradient(repeat(lambda c: descend(c, lax.stop_gradient(x)), start, steps - kept, "none"))
+
+        def outer(x: PyTree) -> tuple[Array, PyTree]:
+            z, _ = repeat(lambda c: descend(c, x), start, kept, checkpoint)
+            return losses.f(z, x), z
+
+        (value, last), gradient = jax.value_and_grad(outer, has_aux=True)(x)
+        residual = norm(jax.grad(losses.g)(last, x))
+        code = _checked(jnp.zeros((), jnp.int32), (gradient, last))
+        return value, gradient, Stats(code, residual, jnp.full_like(residual, jnp.inf), jnp.int32(steps), last, None)
+
+    return method
+
+
+def one_step(opt: optax.GradientTransformation) -> Method:
+    """Differentiate one inner step only: exact in the limit for superlinear inner solvers, O(1 - a mu) off for gradient steps.
+
+    Cost: one inner gradient, one cross product, one outer gradient pair.
+
+    Reference: Bolte, Pauwels, Vaiter, "One-step differentiation of iterative algorithms", NeurIPS 2023, arXiv 2305.13768.
+    """
+    return iterative(opt, 1, checkpoint="none")
+
+
+def t1_t2(scale: float = 1.0) -> Method:
+    """T1-T2: replace the inverse Hessian by ``scale`` times the identity, ``v = -scale d_z f``.
+
+    Cost: one inner gradient, one Hessian-vector product (for the residual), one cross product, one outer gradient pair.
+
+    Reference: Luketina, Berglund, Greff, Raiko, "Scalable gradient-based tuning of continuous regularization
+    hyperparameters", ICML 2016, arXiv 1511.06727.
+    """
+
+    def solve(matvec: Any, rhs: PyTree, guess: PyTree = None, key: Any = None) -> Any:
+        from bilevel_jax.linear_solve import Stats as Linear
+
+        del guess, key
+        v = jax.tree.map(lambda b: scale * b, rhs)
+        residual = norm(jax.tree.map(jnp.subtract, matvec(v), rhs))
+        return v, Linear(jnp.zeros((), jnp.int32), residual, jnp.ones((), jnp.int32))
+
+    return implicit(LinearSolver(solve, 1.0))
+
+
+def repeat(step: Callable[[Any], Any], carry: Any, times: int, checkpoint: str) -> Any:
+    """``times`` applications of ``step``, with the recomputation that ``checkpoint`` names (see `iterative`).
+
+    Nested scans of about sqrt(times) checkpointed blocks of checkpointed steps keep sqrt(times) iterates; a remainder that
+    does not fill a block is done first.
+    """
+    if times == 0:
+        return carry
+    single = step if checkpoint == "none" else jax.checkpoint(step, prevent_cse=False)
+
+    def loop(carry: Any, count: int) -> Any:
+        return lax.scan(lambda c, _: (single(c), None), carry, None, length=count)[0]
+
+    if checkpoint != "sqrt":
+        return loop(carry, times)
+    size = int(np.sqrt(times))
+    carry = loop(carry, times % size) if times % size else carry
+    block = jax.checkpoint(lambda c: loop(c, size), prevent_cse=False)
+    return lax.scan(lambda c, _: (block(c), None), carry, None, length=times // size)[0]
+
+
+def implicit_root(
+    optimality: Callable[..., PyTree],
+    *,
+    solver: LinearSolver | None = None,
+    positive_definite: bool = False,
+    has_aux: bool = False,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: derivatives for ``solve(init, *params)`` whose solution satisfies ``optimality(solution, *params) = 0``.
+
+    The inner solver may be anything: an optax loop, L-BFGS, optimistix, a ``pure_callback`` to another library; it is
+    never differentiated.  With ``A = d optimality / d solution`` the derivative along ``dparams`` solves
+    ``A dz = -(d optimality / d params) dparams``.  Forward and reverse mode, `jax.hessian`, jit, vmap and nesting work.
+
+    Args:
+        optimality: ``(solution, *params) -> pytree`` like the solution, such as ``jax.grad(loss)``.
+        solver: for systems with A (and its transpose); `bilevel_jax.linear_solve.auto` by default.
+        positive_definite: whether A is symmetric positive definite, as for the gradient of a strongly convex loss.  Only
+            used to choose the default solver.
+        has_aux: whether ``solve`` returns ``(solution, aux)``; aux gets no derivative.
+
+    Returns:
+        A decorator.  ``init`` gets no derivative: the solution does not depend on it.
+
+    Raises:
+        ValueError: (when differentiated) if ``optimality`` returns another structure than the solution's.
+
+    Reference: Blondel, Berthet, Cuturi, Frostig, Hoyer, Llinares-López, Pedregosa, Vert, "Efficient and modular implicit
+    differentiation", NeurIPS 2022, arXiv 2105.15183.
+
+    Example:
+        >>> @implicit_root(lambda z, theta: z**3 + z - theta)
+        ... def cube(init, theta):
+        ...     return jax.lax.fori_loop(0, 50, lambda _, z: z - (z**3 + z - theta) / (3 * z**2 + 1), init)
+        >>> float(jax.grad(cube, argnums=1)(jnp.ones(()), jnp.asarray(2.0)))  # 1 / (3 z^2 + 1) at z = 1
+        0.25
+    """
+    solver = auto(positive_definite=positive_definite) if solver is None else solver
+
+    def decorate(solve: Callable[..., Any]) -> Callable[..., Any]:
+        @jax.custom_jvp
+        def root(init: PyTree, params: tuple) -> tuple[PyTree, PyTree]:
+            found = solve(init, *params)
+            return found if has_aux else (found, None)
+
+        @root.defjvp
+        def derivative(primals: tuple, tangents: tuple) -> tuple:
+            (init, params), (_, dparams) = primals, tangents
+            solution, aux = root(init, params)
+            value, moved = jax.jvp(lambda p: optimality(solution, *p), (params,), (dparams,))
+            checks.same_shapes("optimality", value, solution, "the solution")
+            _, jacobian = jax.linearize(lambda z: optimality(z, *params), solution)
+            dz, _ = solver.solve(jacobian, jax.tree.map(jnp.negative, moved))
+            return (solution, aux), (dz, jax.tree.map(_no_tangent, aux))
+
+        @functools.wraps(solve)
+        def wrapped(init: PyTree, *params: Any) -> Any:
+            solution, aux = root(init, params)
+            return (solution, aux) if has_aux else solution
+
+        return wrapped
+
+    return decorate
+
+
+def implicit_fixed_point(
+    fixed_point: Callable[..., PyTree],
+    *,
+    solver: LinearSolver | None = None,
+    positive_definite: bool = False,
+    has_aux: bool = False,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: derivatives for ``solve(init, *params)`` whose solution satisfies ``fixed_point(z, *params) = z``.
+
+    As `implicit_root` of ``z - fixed_point(z, *params)``: a projected or proximal gradient step, an equilibrium network, a
+    value iteration.
+
+    Args, Returns, Raises, Reference: as `implicit_root`.
+
+    Example:
+        >>> @implicit_fixed_point(lambda z, theta: jnp.clip(z - 0.5 * (z - theta), 0.0, 1.0))
+        ... def projected(init, theta):
+        ...     return jnp.clip(theta, 0.0, 1.0)
+        >>> jax.jacobian(projected, argnums=1)(jnp.zeros(2), jnp.array([0.5, 2.0])).tolist()
+        [[1.0, 0.0], [0.0, 0.0]]
+    """
+
+    def residual(z: PyTree, *params: Any) -> PyTree:
+        return jax.tree.map(jnp.subtract, z, fixed_point(z, *params))
+
+    return implicit_root(residual, solver=solver, positive_definite=positive_definite, has_aux=has_aux)
+
+
+def norm(tree: PyTree) -> Array:
+    """The Euclidean norm of all the numbers in a pytree."""
+    return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree)))
+
+
+def _checked(code: Array, tree: PyTree) -> Array:
+    return jnp.where(all_finite(tree), code, jnp.int32(Result.NONFINITE))
+
+
+def _no_tangent(leaf: Any) -> Any:
+    if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        return jnp.zeros_like(leaf)
+    return np.zeros(np.shape(leaf), jax.dtypes.float0)
