@@ -27,8 +27,17 @@ def total(terms: Terms) -> Vars:
 
 
 def _wide(tree: PyTree) -> PyTree:
-    """At least float32: a running mean or a sum of differences in bfloat16 drifts by tens of per cent."""
-    return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype if jnp.finfo(leaf.dtype).bits >= 32 else jnp.float32), tree)
+    """At least float32: a running mean or a sum of differences in bfloat16 drifts by tens of per cent.
+
+    The rounding to the narrow dtype is spelled out, because XLA may skip it inside a fusion; a mean would then follow other
+    numbers than those that are stored in its table.
+    """
+
+    def leaf(value: Array) -> Array:
+        kind = jnp.finfo(value.dtype)
+        return value if kind.bits >= 32 else lax.reduce_precision(value.astype(jnp.float32), kind.nexp, kind.nmant)
+
+    return jax.tree.map(leaf, tree)
 
 
 def _like(tree: PyTree, like: PyTree) -> PyTree:

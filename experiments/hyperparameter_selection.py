@@ -93,7 +93,7 @@ def task(config: Config) -> Task:
 
     def measure(vars: Vars) -> dict[str, np.ndarray]:
         xs, zs = np.asarray(vars.outer, np.float64), np.asarray(vars.inner, np.float64)
-        finite = np.isfinite(xs).all(1) & np.isfinite(zs).reshape(len(xs), -1).all(1)
+        finite: Any = np.isfinite(xs).all(1) & np.isfinite(zs).reshape(len(xs), -1).all(1)
         with in_float64():
             found = jax.device_get(lanes(np.where(finite[:, None], xs, 0.0), np.nan_to_num(zs, posinf=0.0, neginf=0.0), wide))
         if not (found.residual[finite] <= logistic.ACCURATE).all():

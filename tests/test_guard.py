@@ -177,7 +177,9 @@ def test_metrics_that_are_not_finite_are_reported():
         return {"log": jnp.log(vars.outer - 1e9), "count": jnp.int32(3)}
 
     q, solver = tiny(), build("soba", tiny().problem)
-    carry, history = jax.jit(lambda k: run(solver, tiny_sampler(), q.start, q.data, k, steps=2, metrics=metrics))(jax.random.key(0))
+    carry, history = jax.jit(lambda k: run(solver, tiny_sampler(), q.start, q.data, k, steps=2, metrics=metrics))(
+        jax.random.key(0)
+    )
     assert int(carry.result) == Result.NONFINITE
     assert np.isnan(history["log"]).all()
     check_same(carry.finite, carry.state.vars)
