@@ -27,7 +27,7 @@ class Stats(NamedTuple):
 
     code: Array  # int32 [], a `bilevel_jax.Result`
     inner_residual: Array  # |d_z g(z, x)|: 0 at z = z*(x)
-    adjoint_residual: Array  # |d2_zz g v + d_z f|: 0 at v = v*; inf where a method has no v
+    adjoint_residual: Array  # |d2_zz g v + d_z f|, or the bound on it that the linear solver has; inf where there is no v
     steps: Array  # int32 [], Hessian-vector products (implicit) or inner steps (iterative)
     inner: PyTree  # the z at which f was evaluated
     aux: PyTree  # v, to warm-start the next call with; None where a method has none

@@ -19,7 +19,7 @@ STRICT = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def strict():
     """float64, no implicit broadcasting between ranks, no implicit promotion of dtypes."""
     before = {name: jax.config.values[name] for name in STRICT}

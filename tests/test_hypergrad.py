@@ -11,6 +11,8 @@ import pytest
 from bilevel_jax import Batch, Problem, Result, hypergrad, linear_solve, testing
 from bilevel_jax.hypergrad import hypergradient, implicit, implicit_fixed_point, implicit_root, iterative, one_step, t1_t2
 
+pytestmark = pytest.mark.slow  # many small compilations: minutes
+
 
 @pytest.fixture(scope="module")
 def quadratic():
@@ -110,7 +112,10 @@ def test_neumann_is_its_closed_form(quadratic):
     )
     power = jnp.linalg.matrix_power(jnp.eye(6) - eta * a, terms + 1)
     np.testing.assert_allclose(stats.aux, (jnp.eye(6) - power) @ at.aux, atol=1e-12)
-    np.testing.assert_allclose(stats.adjoint_residual, jnp.linalg.norm(power @ a @ at.aux), rtol=1e-8)
+    # a bound that costs no application more: the last term, of which the residual is the next
+    last = jnp.linalg.matrix_power(jnp.eye(6) - eta * a, terms) @ a @ at.aux
+    np.testing.assert_allclose(stats.adjoint_residual, jnp.linalg.norm(last), rtol=1e-8)
+    assert jnp.linalg.norm(power @ a @ at.aux) < stats.adjoint_residual
 
 
 def test_truncated_itd_is_a_short_itd_from_the_last_iterates(quadratic):
@@ -131,7 +136,7 @@ def test_checkpointing_changes_nothing_but_memory(logistic, steps):
     plain = run("none")
     for checkpoint in ("step", "sqrt"):
         for one, other in zip(jax.tree.leaves(run(checkpoint)), jax.tree.leaves(plain), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-12)
+            np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-15)
 
 
 def test_sqrt_checkpoints_keep_less_memory():
@@ -232,7 +237,7 @@ class TestImplicitRoot:
         actual, expected = jax.jit(jacobian(lambda p: solve(init, p)))(p), jacobian(closed)(p)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), actual, expected)
 
-    @pytest.mark.parametrize("positive_definite", [True, False])
+    @pytest.mark.parametrize("positive_definite", [pytest.param(True, marks=pytest.mark.slow), False])
     def test_hessian_through_a_solve(self, positive_definite):
         solve, closed, init, p = self.ridge(positive_definite=positive_definite)
         outer = lambda solve: lambda t: jnp.sum(solve({**p, "theta": t})["z"] ** 3)
