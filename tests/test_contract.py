@@ -388,10 +388,12 @@ def test_init_only_needs_shapes():
     check_same(solver.init(tiny().start, shapes), solver.init(tiny().start, batches))
 
 
-def test_stream_is_run():
+@pytest.mark.parametrize("name", ["saba", "fsla"])
+def test_stream_is_run(name):
     """A host loop over the batches that a run would draw gives its iterates; a state goes on where it was left."""
-    q, solver, batches = tiny(), build("saba", tiny().problem), stream(1)
-    whole, history = compiled_run("saba").call(rates(), jax.random.key(7), q.data)
+    q, solver = tiny(), build(name, tiny().problem)
+    batches = stream(solver.draws)
+    whole, history = compiled_run(name).call(rates(), jax.random.key(7), q.data)
 
     def norm(vars):
         return distance_to_solution(vars, q.data)
