@@ -161,25 +161,27 @@ def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0,
     return _implicit(iterate, max_steps + max_steps // check_every + 2.0, symmetric=True, damping=damping)
 
 
-def neumann(*, terms: int, rate: Any, fresh: bool = False) -> LinearSolver:
+def neumann(*, terms: int, rate: Any, fresh: bool = False, batches: tuple[int, ...] | None = None) -> LinearSolver:
     """Neumann sum (SHIA): ``u = rate sum_{q=0}^{terms} prod_{k<q} (I - rate A_k) b``, by nested products in one pass.
 
     For a fixed A, ``u = A^-1 (I - (I - rate A)^{terms+1}) b``: a bias of (1 - rate mu)^{terms+1} relative to the solution.
 
     Args:
-        terms: applications of A; the sum has one summand more.
+        terms: number of factors; the sum has one summand more.
         rate: a positive number, at most 1/L, or a traced one.
-        fresh: whether every application uses a sample of its own: A_k is then ``matvec(u, k)``, and ``draws = terms``.
+        fresh: whether every application uses a sample of its own, by ``matvec(u, k)``.
+        batches: with ``fresh``, how many samples are averaged in each factor, in the order of application: ``terms`` ints, by
+            default ones.  ``A_0`` is the mean over the first ``batches[0]`` samples, and so on: see `nested_batches`.
 
     Returns:
-        A solver, which ignores the guess.  The residual is an estimate, the norm of the last summand over the rate: for a
-        fixed A that is the residual of the sum without it.  Codes: SUCCESSFUL; DIVERGED (the last summand is larger than the
-        first: rate too large; the sum as far as it was finite); NONFINITE.
+        A solver, which ignores the guess, of ``sum(batches)`` draws if ``fresh``.  The residual is an estimate, the norm of
+        the last summand over the rate: for a fixed A that is the residual of the sum without it.  Codes: SUCCESSFUL; DIVERGED
+        (the last summand is larger than the first: rate too large; the sum as far as it was finite); NONFINITE.
 
     Raises:
-        TypeError, ValueError: as for `cg`.
+        TypeError, ValueError: as for `cg`; for ``batches`` that are not ``terms`` positive ints, or not ``fresh``.
 
-    Cost: ``terms`` applications.
+    Cost: ``terms`` applications, or ``sum(batches)``.
 
     Reference: Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced design", 2021, arXiv 2010.07962,
     Algorithm 3.
@@ -191,23 +193,67 @@ def neumann(*, terms: int, rate: Any, fresh: bool = False) -> LinearSolver:
     """
     checks.positive_int("terms", terms)
     _numbers(rate=rate)
+    if batches is not None and not fresh:
+        raise ValueError("batches: got them without fresh=True, expected None, because all samples are then the same")
+    batches = (1,) * terms if batches is None else tuple(checks.positive_int("batches", count) for count in batches)
+    if len(batches) != terms:
+        raise ValueError(f"batches: got {len(batches)} of them, expected one a factor, {terms}")
+    total = sum(batches)
+    weights, ends = np.repeat([1 / count for count in batches], batches), np.isin(np.arange(1, total + 1), np.cumsum(batches))
     rate = rate if fresh else _still(rate)
 
     def iterate(A: Any, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del guess, key
         eta = _cast(rate, b)
 
-        def term(carry: tuple, k: Array) -> tuple[tuple, None]:
-            r, s, fine = carry
-            r = r - eta * A(r, k)
-            fine &= all_finite(s + r)
-            return (*_where(fine, (r, s + r), carry[:2]), fine), None
+        def sample(carry: tuple, x: tuple) -> tuple[tuple, None]:
+            r, s, product, fine = carry
+            k, weight, end = x
+            product += weight * A(r, k)
+            new = r - eta * product
+            fine &= all_finite(s + new)
+            return (*_where(end & fine, (new, s + new, jnp.zeros_like(b)), (r, s, product)), fine), None
 
-        (r, s, fine), _ = lax.scan(term, (b, b, jnp.array(True)), jnp.arange(terms, dtype=jnp.int32))
+        start = (b, b, jnp.zeros_like(b), jnp.array(True))
+        xs = jnp.arange(total, dtype=jnp.int32), _cast(weights, b), jnp.asarray(ends)
+        (r, s, _, fine), _ = lax.scan(sample, start, xs)
         code = _verdict(_norm(r) > (1 + eps**0.5) * _norm(b), fine)
-        return eta * s, Stats(code, _norm(r), jnp.int32(terms))
+        return eta * s, Stats(code, _norm(r), jnp.int32(total))
 
-    return _written(iterate, terms, terms) if fresh else _implicit(iterate, terms, symmetric=False)
+    return _written(iterate, total, total) if fresh else _implicit(iterate, terms, symmetric=False)
+
+
+def nested_batches(terms: int, *, rate: float, strong_convexity: float, blocks: int = 1) -> tuple[int, ...]:
+    """The decreasing batches of stocBiO for `neumann`: ``blocks terms (1 - rate mu)^q`` in factor q = 0, ..., terms - 1.
+
+    The factor that is applied first gets the largest batch, because all the others multiply its error.  Numbers are rounded
+    up, so that the bound of the paper on the variance holds.
+
+    Args:
+        terms: number of factors Q.
+        rate: the rate eta of the sum.
+        strong_convexity: mu, with ``rate mu <= 1``.
+        blocks: the batch size B of the paper, in draws.
+
+    Returns:
+        ``terms`` ints of at least 1.
+
+    Raises:
+        TypeError, ValueError: for numbers out of range.
+
+    Reference: Ji, Yang, Liang, 2021, arXiv 2010.07962, ``|B_{Q+1-j}| = B Q (1 - eta mu)^{j-1}``.
+
+    Example:
+        >>> nested_batches(4, rate=0.5, strong_convexity=1.0)
+        (4, 2, 1, 1)
+    """
+    checks.positive_int("terms", terms)
+    checks.positive_int("blocks", blocks)
+    _numbers(rate=rate, strong_convexity=strong_convexity)
+    if rate * strong_convexity > 1:
+        raise ValueError(f"rate: got {rate}, expected at most 1 / strong_convexity = {1 / strong_convexity}")
+    sizes = blocks * terms * (1 - rate * strong_convexity) ** np.arange(terms)
+    return tuple(max(1, int(np.ceil(size - 1e-9))) for size in sizes)
 
 
 def random_neumann(*, terms: int, rate: Any, fresh: bool = False) -> LinearSolver:

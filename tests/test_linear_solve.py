@@ -8,7 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax.linear_solve import auto, cg, dense, from_lineax, heavy_ball, neumann, random_neumann, richardson
+from bilevel_jax.linear_solve import (
+    auto,
+    cg,
+    dense,
+    from_lineax,
+    heavy_ball,
+    nested_batches,
+    neumann,
+    random_neumann,
+    richardson,
+)
 from bilevel_jax.results import Result
 
 lineax = pytest.importorskip("lineax")
@@ -309,6 +319,22 @@ def test_fresh_samples(make):
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-11), slopes, expected_slopes)
 
 
+def test_neumann_with_nested_batches():
+    """Each factor averages its own samples, the first applied the most; for one matrix it is the exact sum."""
+    batches = nested_batches(3, rate=0.8, strong_convexity=LOW, blocks=2)
+    assert batches == (6, 6, 6)  # 6, 5.52, 5.08, rounded up
+    assert nested_batches(3, rate=0.5, strong_convexity=1.0) == (3, 2, 1)
+    solver = neumann(terms=3, rate=0.8, fresh=True, batches=(3, 2, 1))
+    assert solver.draws == solver.applications == 6
+    run = compiled(lambda stack, b: solver.solve(lambda u, k: stack[k] @ u, b))
+    u, stats = run(np.stack([SPD] * 6), B)
+    np.testing.assert_allclose(u, np.linalg.solve(SPD, (np.eye(N) - power(0.8, 4)) @ B), atol=1e-12)
+    assert (stats.code, stats.steps) == (OK, 6)
+    stack = SPD + 0.05 * np.random.default_rng(4).normal(size=(6, N, N))
+    means = [stack[:3].mean(0), stack[3:5].mean(0), stack[5]]
+    np.testing.assert_allclose(run(stack, B)[0], by_hand(neumann, means, B, 0.8), atol=1e-13)
+
+
 def test_divergence_keeps_the_last_finite_iterate():
     b = jnp.asarray(B)
     for solver in (neumann(terms=2000, rate=1.0), richardson(steps=2000, rate=1.0)):
@@ -508,6 +534,10 @@ def test_solution_is_linear_in_the_right_hand_side(name):
         (lambda: neumann(terms=0, rate=0.1), ValueError, "terms: got 0"),
         (lambda: neumann(terms=2, rate=0.0), ValueError, "rate: got 0.0, expected a finite number above 0"),
         (lambda: neumann(terms=2, rate=None), TypeError, "rate: got None of type NoneType"),
+        (lambda: neumann(terms=2, rate=0.1, batches=(1, 1)), ValueError, "batches: got them without fresh=True"),
+        (lambda: neumann(terms=2, rate=0.1, fresh=True, batches=(1,)), ValueError, "batches: got 1 of them, expected .* 2"),
+        (lambda: neumann(terms=1, rate=0.1, fresh=True, batches=(0,)), ValueError, "batches: got 0, expected at least 1"),
+        (lambda: nested_batches(2, rate=2.0, strong_convexity=1.0), ValueError, "rate: got 2.0, expected at most"),
         (lambda: random_neumann(terms=0, rate=0.1), ValueError, "terms: got 0"),
         (lambda: richardson(steps=0, rate=0.1), ValueError, "steps: got 0"),
         (lambda: heavy_ball(steps=0, smoothness=1.0, strong_convexity=0.1), ValueError, "steps: got 0"),
