@@ -1,10 +1,12 @@
 """Bilevel optimization in JAX: solver steps as pure functions, composed from oracles, estimators, optimisers and stages."""
 
-from bilevel_jax import checks, estimators, oracles, projections, samplers, solvers, testing
+from bilevel_jax import checks, estimators, hypergrad, linear_solve, oracles, projections, samplers, solvers, testing
+from bilevel_jax.hypergrad import hypergradient, implicit_fixed_point, implicit_root
 from bilevel_jax.loop import Carry, begin, resume, run, stream
 from bilevel_jax.oracles import implicit
-from bilevel_jax.results import Result, guard, worst
+from bilevel_jax.results import Result, guard, spent, worst
 from bilevel_jax.solvers import default_opts
+from bilevel_jax.stages import assign, solve_aux, solve_inner, unroll
 from bilevel_jax.sweep import descend, per_sweep, sweep
 from bilevel_jax.types import Batch, BilevelState, Levels, Problem, Solver, Vars
 
@@ -19,22 +21,32 @@ __all__ = [
     "Result",
     "Solver",
     "Vars",
+    "assign",
     "begin",
     "checks",
     "default_opts",
     "descend",
     "estimators",
     "guard",
+    "hypergrad",
+    "hypergradient",
     "implicit",
+    "implicit_fixed_point",
+    "implicit_root",
+    "linear_solve",
     "oracles",
     "per_sweep",
     "projections",
     "resume",
     "run",
     "samplers",
+    "solve_aux",
+    "solve_inner",
     "solvers",
+    "spent",
     "stream",
     "sweep",
     "testing",
+    "unroll",
     "worst",
 ]

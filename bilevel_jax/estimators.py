@@ -187,7 +187,7 @@ def saga() -> Estimator:
             indices.append(slot.index)
         return total(unpack(Terms(*parts))), SagaState(Table(Terms(*table)), Terms(*means), new, tuple(indices))
 
-    return Estimator(init, update)
+    return Estimator(init, update, needs_means=True)
 
 
 #: Rows of at most this many numbers are kept in one piece.
@@ -232,7 +232,7 @@ class RecursiveState(NamedTuple):
     vars: Vars  # the variables at the last update
 
 
-def _recursive(estimate: Any, draw_calls: float, full_calls: float) -> Estimator:
+def _recursive(estimate: Any, draw_calls: float, full_calls: float, *, needs_means: bool) -> Estimator:
     """SARAH, PAGE and STORM share a state: the last estimate, and the point where it was taken."""
 
     def init(oracle: Any, vars: Vars, batch: Batch) -> RecursiveState:
@@ -246,7 +246,7 @@ def _recursive(estimate: Any, draw_calls: float, full_calls: float) -> Estimator
         narrow = Vars(*(None if d is None else _like(d, v) for d, v in zip(direction, vars, strict=True)))
         return narrow, RecursiveState(direction, vars)
 
-    return Estimator(init, update, draw_calls, full_calls)
+    return Estimator(init, update, draw_calls, full_calls, needs_means)
 
 
 def _difference(oracle: Any, vars: Vars, batch: Batch, state: RecursiveState) -> Vars:
@@ -282,7 +282,7 @@ def sarah(period: int) -> Estimator:
             lambda: _difference(oracle, vars, batch, state),
         )
 
-    return _recursive(estimate, 2 * (1 - 1 / period), 1 / period)
+    return _recursive(estimate, 2 * (1 - 1 / period), 1 / period, needs_means=True)
 
 
 def page(probability: float) -> Estimator:
@@ -316,7 +316,7 @@ def page(probability: float) -> Estimator:
             lambda: _difference(oracle, vars, batch, state),
         )
 
-    return _recursive(estimate, 2 * (1 - probability), probability)
+    return _recursive(estimate, 2 * (1 - probability), probability, needs_means=True)
 
 
 def storm(eta: Schedule) -> Estimator:
@@ -339,4 +339,4 @@ def storm(eta: Schedule) -> Estimator:
         keep = 1 - jnp.clip(jnp.where(count == 0, 1.0, _at(eta, count)), 0.0, 1.0)
         return jax.tree.map(lambda n, o, d: n + keep.astype(n.dtype) * (d - o), new, old, state.direction)
 
-    return _recursive(estimate, 2.0, 0.0)
+    return _recursive(estimate, 2.0, 0.0, needs_means=False)

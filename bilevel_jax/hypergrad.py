@@ -182,7 +182,7 @@ def _along_a_path(follow: "Follow", jacobian: "Jacobian", steps: int) -> Method:
     def method(losses: Losses, z: PyTree, x: PyTree, guess: PyTree, key: Any) -> tuple[Array, PyTree, Stats]:
         del guess
         gradient = jax.grad(losses.g)
-        last, pull = jacobian(lambda x: follow(lambda z, x, k: gradient(z, x), z, x), x, key)
+        last, pull = jacobian.at(lambda x: follow(lambda z, x, k: gradient(z, x), z, x), x, key)
         value, (fz, fx) = jax.value_and_grad(losses.f, argnums=(0, 1))(last, x)
         total = jax.tree.map(jnp.add, fx, pull(fz))
         residual = norm(gradient(last, x))
@@ -194,8 +194,14 @@ def _along_a_path(follow: "Follow", jacobian: "Jacobian", steps: int) -> Method:
 
 #: ``(gradient, z, x) -> z``: the end of an inner path from z, with ``gradient(z, x, k)`` that of step k.
 Follow = Callable[[Callable[[PyTree, PyTree, Array], PyTree], PyTree, PyTree], PyTree]
-#: ``(end, x, key) -> (end(x), pull)`` with ``pull(dz)``, the transposed Jacobian of ``end`` at x applied to dz.
-Jacobian = Callable[[Callable[[PyTree], PyTree], PyTree, Any], tuple[PyTree, Callable[[PyTree], PyTree]]]
+
+
+class Jacobian(NamedTuple):
+    """How vectors are pulled back through a path: `reverse`, or a `gaussian` estimate."""
+
+    #: ``(end, x, key) -> (end(x), pull)`` with ``pull(dz)``, the transposed Jacobian of ``end`` at x applied to dz.
+    at: Callable[[Callable[[PyTree], PyTree], PyTree, Any], tuple[PyTree, Callable[[PyTree], PyTree]]]
+    directions: int | None = None  # number of further paths that an estimate follows; None for the exact Jacobian
 
 
 def path(
@@ -226,11 +232,14 @@ def path(
     return follow
 
 
-def reverse(end: Callable[[PyTree], PyTree], x: PyTree, key: Any) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-    """The exact transposed Jacobian, by back-propagation."""
+def _reverse(end: Callable[[PyTree], PyTree], x: PyTree, key: Any) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
     del key
     z, pull = jax.vjp(end, x)
     return z, lambda dz: pull(dz)[0]
+
+
+#: The exact transposed Jacobian, by back-propagation.
+reverse = Jacobian(_reverse)
 
 
 def gaussian(directions: int, radius: float) -> Jacobian:
@@ -271,7 +280,7 @@ def gaussian(directions: int, radius: float) -> Jacobian:
 
         return z, pull
 
-    return jacobian
+    return Jacobian(jacobian, directions)
 
 
 def one_step(opt: optax.GradientTransformation) -> Method:

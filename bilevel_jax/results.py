@@ -4,12 +4,15 @@ Codes are int32 arrays, so that they live in states, under jit and vmap; the lar
 """
 
 import enum
+import math
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from bilevel_jax.types import Array, Batch, BilevelState, PyTree, Solver, Table, Vars
+from bilevel_jax.types import Array, Batch, BilevelState, Calls, PyTree, Solver, Table, Vars
 
 
 class Result(enum.IntEnum):
@@ -58,6 +61,50 @@ class Status(NamedTuple):
     """Marks the result code that a part of a solver keeps in its state."""
 
     code: Array  # int32 []
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("calls",), meta_fields=("declared",))
+@dataclass(frozen=True)
+class Tally:
+    """Marks the oracle calls that a part of a solver counts, because what it declares for an update is only a bound."""
+
+    calls: Calls  # of int32 [], so far
+    declared: Calls  # of an update, static; inf where there is no bound, 0 where nothing is counted
+
+
+def spent(solver: Solver, state: BilevelState) -> Calls:
+    """Oracle calls of a run so far on single draws: as counted in the state where they are, as declared elsewhere.
+
+    Args:
+        solver: the solver of the run.
+        state: its state.
+
+    Returns:
+        ``Calls`` of float [].  Of a kind for which a stage declares no bound, only what is counted.
+
+    Example:
+        >>> import optax
+        >>> from bilevel_jax import solvers, testing
+        >>> from bilevel_jax.loop import run
+        >>> from bilevel_jax.samplers import full
+        >>> q = testing.quadratic(jax.random.key(0))
+        >>> solver = solvers.hoag(q.problem, Vars(inner=optax.sgd(1.0), outer=optax.sgd(0.1)))
+        >>> carry, _ = run(solver, full(), q.start, q.data, jax.random.key(1), steps=5)
+        >>> bool(spent(solver, carry.state).inner_gradient < 5 * solver.cost.draw.inner_gradient)
+        True
+    """
+    steps = jnp.asarray(state.step, jnp.float32)
+    tallies = [t for t in jax.tree.leaves(state, is_leaf=_is_tally) if _is_tally(t)]
+    found = []
+    for kind, declared in zip(Calls._fields, solver.cost.draw, strict=True):
+        known = declared if math.isfinite(declared) else 0.0
+        counted = jnp.zeros((), jnp.float32)
+        for tally in tallies:
+            bound = getattr(tally.declared, kind)
+            known -= bound if math.isfinite(bound) else 0.0
+            counted += jnp.asarray(getattr(tally.calls, kind), jnp.float32)
+        found.append(max(known, 0.0) * steps + counted)
+    return Calls(*found)
 
 
 def worst(state: PyTree) -> Array:
@@ -128,6 +175,10 @@ def keep(accept: Array, new: PyTree, old: PyTree) -> PyTree:
 
 def _is_status(node: Any) -> bool:
     return isinstance(node, Status)
+
+
+def _is_tally(node: Any) -> bool:
+    return isinstance(node, Tally)
 
 
 def _is_table(node: Any) -> bool:

@@ -13,7 +13,8 @@ from jax import lax
 
 from bilevel_jax import checks
 from bilevel_jax.estimators import plain
-from bilevel_jax.results import all_finite, keep
+from bilevel_jax.oracles import take_draw
+from bilevel_jax.results import Status, all_finite, keep
 from bilevel_jax.types import (
     Array,
     Batch,
@@ -35,6 +36,7 @@ from bilevel_jax.types import (
 class DescendState(NamedTuple):
     estimator: PyTree
     opts: Vars  # optax states of the variables that move
+    status: Status | None = None  # the worst code that a composite oracle has met
 
 
 def _each(function: Any, opts: Vars, *others: Vars) -> Vars:
@@ -42,12 +44,15 @@ def _each(function: Any, opts: Vars, *others: Vars) -> Vars:
     return Vars(*(None if o is None else function(o, *rest) for o, *rest in zip(opts, *others, strict=True)))
 
 
-def take_draw(batches: Batch, index: Any) -> Batch:
-    """One draw of stacked ``batches``; ``full`` is not stacked, and stays."""
-    return jax.tree.map(lambda leaf: leaf[index], batches._replace(full=None))._replace(full=batches.full)
-
-
-def descend(oracle: Oracle, opts: Vars, *, estimator: Estimator | None = None, steps: int = 1, fresh: bool = True) -> Stage:
+def descend(
+    oracle: Oracle,
+    opts: Vars,
+    *,
+    estimator: Estimator | None = None,
+    steps: int = 1,
+    fresh: bool = True,
+    restart: bool = False,
+) -> Stage:
     """A simultaneous (Jacobi) step on every variable that has an optimiser, ``steps`` times.
 
     The terms of the oracle are pruned to the variables that move before they reach the estimator, so that a table or a
@@ -59,14 +64,16 @@ def descend(oracle: Oracle, opts: Vars, *, estimator: Estimator | None = None, s
             `per_sweep` when ``steps`` is more than 1.
         estimator: `bilevel_jax.estimators.plain` by default.
         steps: number of steps in a sweep.
-        fresh: whether each step takes a draw of its own, or all take the same one.
+        fresh: whether each step takes a draw of its own (as many as the oracle wants), or all take the same one.
+        restart: whether the optimisers forget their momentum at the start of every sweep.
 
     Returns:
         A stage of ``steps`` draws (one if not ``fresh``) and ``steps`` times the cost of its estimator.
 
     Raises:
-        TypeError, ValueError: for ``steps`` below 1, or ``opts`` that is not a ``Vars`` with at least one transformation;
-            (when traced) if the oracle has no direction for a variable that moves.
+        TypeError, ValueError: for ``steps`` below 1, for ``opts`` that is not a ``Vars`` with at least one transformation,
+            and for a composite oracle under an estimator that needs means; (when traced) if the oracle has no direction for a
+            variable that moves.
 
     Example:
         >>> import jax.numpy as jnp
@@ -80,11 +87,21 @@ def descend(oracle: Oracle, opts: Vars, *, estimator: Estimator | None = None, s
     estimator = plain() if estimator is None else estimator
     steps = checks.positive_int("steps", steps)
     _check_opts(opts)
+    if oracle.draws is not None and estimator.needs_means:
+        raise ValueError(
+            "estimator: got one that averages terms over the samples, expected plain, ema or storm, because the oracle is "
+            "composite: a product of several samples has no row in a table, and no value on the full data"
+        )
+    width = oracle.draws or 1
+    single = (lambda batches: take_draw(batches, 0)) if oracle.draws is None else (lambda batches: batches)
     moved = Vars(*(o is not None for o in opts))
 
-    def bind(step: Array) -> BoundOracle:
+    def bind(step: Array, codes: list[Array]) -> BoundOracle:
         def pruned(vars: Vars, batch: Batch) -> Terms:
             parts = oracle.terms(vars, batch, step)
+            if not isinstance(parts, Terms):  # of a composite oracle
+                parts, code = parts
+                codes.append(code)
             parts = Terms(*(Vars(*(t if m else None for t, m in zip(part, moved, strict=True))) for part in parts))
             for name, m, *found in zip(Vars._fields, moved, *parts, strict=True):
                 if m and all(t is None for t in found):
@@ -97,34 +114,38 @@ def descend(oracle: Oracle, opts: Vars, *, estimator: Estimator | None = None, s
         return pruned
 
     def init(vars: Vars, batches: Batch) -> DescendState:
-        draw = jax.eval_shape(lambda b: take_draw(b, 0), batches)
-        bound = bind(jnp.zeros((), jnp.int32))
+        draw = jax.eval_shape(lambda b: single(take_draw(b, slice(0, width))), batches)
+        bound = bind(jnp.zeros((), jnp.int32), [])
         jax.eval_shape(bound, vars, draw)  # refuses bad losses and variables here, before anything is compiled
         with jax.numpy_dtype_promotion("standard"):
             opt_states = _each(lambda o, value: o.init(value), opts, vars)
-        return DescendState(estimator.init(bound, vars, draw), opt_states)
+        status = None if oracle.draws is None else Status(jnp.zeros((), jnp.int32))
+        return DescendState(estimator.init(bound, vars, draw), opt_states, status)
 
     def update(state: DescendState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, DescendState]:
-        bound = bind(step)
+        if restart:
+            with jax.numpy_dtype_promotion("standard"):
+                state = state._replace(opts=_each(lambda o, value: o.init(value), opts, vars))
 
         def once(carry: tuple[Vars, DescendState], batch: Batch, k: Any) -> tuple[Vars, DescendState]:
-            vars, state = carry
-            direction, est = estimator.update(bound, vars, batch, step * steps + k, state.estimator)
+            (vars, state), codes = carry, []
+            direction, est = estimator.update(bind(step, codes), vars, batch, step * steps + k, state.estimator)
             with jax.numpy_dtype_promotion("standard"):
                 pairs = _each(lambda o, d, s, value: o.update(d, s, value), opts, direction, state.opts, vars)
                 new = [v if p is None else optax.apply_updates(v, p[0]) for v, p in zip(vars, pairs, strict=True)]
             if steps > 1:  # what is not finite must not wait to be written into a table, where no guard could take it back
                 est = keep(all_finite(new), est, state.estimator)
-            return Vars(*new), DescendState(est, Vars(*(None if p is None else p[1] for p in pairs)))
+            status = None if state.status is None else Status(jnp.stack([state.status.code, *codes]).max())
+            return Vars(*new), DescendState(est, Vars(*(None if p is None else p[1] for p in pairs)), status)
 
         if steps == 1:
-            return once((vars, state), take_draw(batches, 0), 0)
-        held = batches._replace(full=None) if fresh else None
-        first = None if fresh else take_draw(batches, 0)
+            return once((vars, state), single(batches), 0)
+        split = jax.tree.map(lambda leaf: leaf.reshape(-1, width, *leaf.shape[1:]), batches._replace(full=None))
+        held, first = (split, None) if fresh else (None, single(batches))
 
         def body(carry: Any, x: Any) -> tuple[Any, None]:
             k, draw = x
-            return once(carry, draw._replace(full=batches.full) if first is None else first, k), None
+            return once(carry, single(draw._replace(full=batches.full)) if first is None else first, k), None
 
         carry, _ = lax.scan(body, (vars, state), (jnp.arange(steps, dtype=jnp.int32), held))
         return carry
@@ -134,7 +155,7 @@ def descend(oracle: Oracle, opts: Vars, *, estimator: Estimator | None = None, s
         draw=Calls(*(steps * estimator.draw_calls * c for c in calls)),
         full=Calls(*(steps * estimator.full_calls * c for c in calls)),
     )
-    return Stage(init, update, steps if fresh else 1, cost)
+    return Stage(init, update, width * (steps if fresh else 1), cost)
 
 
 def sweep(*stages: Stage) -> Solver:

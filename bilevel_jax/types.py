@@ -94,7 +94,11 @@ class Calls(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Average oracle calls of one ``update``: on single draws, and on the full data of the refreshes."""
+    """Average oracle calls of one ``update``: on single draws, and on the full data of the refreshes.
+
+    At most so many where a tolerance may end a loop early, and inf where there is no bound: the state then counts them (see
+    `bilevel_jax.results.spent`).
+    """
 
     draw: Calls = Calls()
     full: Calls = Calls()
@@ -103,11 +107,14 @@ class Cost(NamedTuple):
 class Oracle(NamedTuple):
     """Which direction.  ``terms(vars, batch, step) -> Terms`` is deterministic given the batch.
 
-    ``calls(moved)`` is the cost of the terms of the variables in ``moved`` (a ``Vars`` of bool).
+    ``calls(moved)`` is the cost of the terms of the variables in ``moved`` (a ``Vars`` of bool).  A *composite* oracle, whose
+    terms are not means over the samples, says how many draws it takes; it gets them stacked, and returns a result code
+    beside its terms.
     """
 
-    terms: Callable[[Vars, Batch, Array], Terms]
+    terms: Callable[[Vars, Batch, Array], Terms | tuple[Terms, Array]]
     calls: Callable[[Vars], Calls]
+    draws: int | None = None  # None: one draw, not stacked
 
 
 #: What an estimator sees: an oracle whose step is bound and whose terms are pruned to the variables that move.
@@ -125,6 +132,7 @@ class Estimator(NamedTuple):
     update: Callable[[BoundOracle, Vars, Batch, Array, PyTree], tuple[Vars, PyTree]]
     draw_calls: float = 1.0  # oracle calls on the draw, per update
     full_calls: float = 0.0  # oracle calls on the full data, per update, on average
+    needs_means: bool = False  # whether the terms must be means over the samples, as those of a composite oracle are not
 
 
 class Table(NamedTuple):

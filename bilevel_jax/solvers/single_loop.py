@@ -6,14 +6,13 @@ step sizes of the papers.
 """
 
 from collections.abc import Callable
-from typing import Any
 
-import jax.numpy as jnp
 import optax
 
 from bilevel_jax import checks
 from bilevel_jax.estimators import page, saga, sarah, storm
 from bilevel_jax.oracles import implicit
+from bilevel_jax.solvers.steps import three
 from bilevel_jax.sweep import descend, sweep
 from bilevel_jax.types import Oracle, Problem, Schedule, Solver, Vars
 
@@ -46,7 +45,7 @@ def soba(problem: Problem, opts: Vars, *, oracle: MakeOracle = implicit) -> Solv
         >>> int(carry.state.step), solver.cost.draw.hessian_vector
         (100, 1.0)
     """
-    return sweep(descend(oracle(problem), _all(opts)))
+    return sweep(descend(oracle(problem), three(opts)))
 
 
 def ma_soba(problem: Problem, opts: Vars, *, theta: Schedule = 0.1, oracle: MakeOracle = implicit) -> Solver:
@@ -73,7 +72,7 @@ def ma_soba(problem: Problem, opts: Vars, *, theta: Schedule = 0.1, oracle: Make
         1
     """
     checks.unit_interval("theta", theta)
-    opts = _all(opts)
+    opts = three(opts)
     if callable(theta):
         average = optax.inject_hyperparams(optax.ema, static_args="debias")(lambda t: 1 - theta(t), debias=False)
     else:
@@ -105,7 +104,7 @@ def saba(problem: Problem, opts: Vars, *, oracle: MakeOracle = implicit) -> Solv
         >>> bool(history["gradient_norm"][-1] < 1e-3 * history["gradient_norm"][0])
         True
     """
-    return sweep(descend(oracle(problem), _all(opts), estimator=saga()))
+    return sweep(descend(oracle(problem), three(opts), estimator=saga()))
 
 
 def srba(problem: Problem, opts: Vars, *, period: int, oracle: MakeOracle = implicit) -> Solver:
@@ -128,7 +127,7 @@ def srba(problem: Problem, opts: Vars, *, period: int, oracle: MakeOracle = impl
         >>> srba(problem, default_opts(srba, 0.1, 0.1, 0.1), period=10).cost.full.cross
         0.1
     """
-    return sweep(descend(oracle(problem), _all(opts), estimator=sarah(period)))
+    return sweep(descend(oracle(problem), three(opts), estimator=sarah(period)))
 
 
 def spaba(problem: Problem, opts: Vars, *, probability: float, oracle: MakeOracle = implicit) -> Solver:
@@ -152,7 +151,7 @@ def spaba(problem: Problem, opts: Vars, *, probability: float, oracle: MakeOracl
         >>> spaba(problem, default_opts(spaba, 0.1, 0.1, 0.1), probability=0.25).cost.draw.cross
         1.5
     """
-    return sweep(descend(oracle(problem), _all(opts), estimator=page(probability)))
+    return sweep(descend(oracle(problem), three(opts), estimator=page(probability)))
 
 
 def storm_soba(
@@ -177,7 +176,7 @@ def storm_soba(
         >>> storm_soba(problem, default_opts(storm_soba, 0.1, 0.1, 0.1)).cost.draw.inner_gradient
         2.0
     """
-    return sweep(descend(oracle(problem), _all(opts), estimator=storm(eta)))
+    return sweep(descend(oracle(problem), three(opts), estimator=storm(eta)))
 
 
 def fsla(
@@ -204,51 +203,9 @@ def fsla(
         >>> tuple(fsla(problem, default_opts(fsla, 0.1, 0.1, 0.1)).cost.draw)
         (1.0, 1.0, 2.0, 3.0)
     """
-    opts, directions = _all(opts), oracle(problem)
+    opts, directions = three(opts), oracle(problem)
     return sweep(
         descend(directions, Vars(inner=opts.inner)),
         descend(directions, Vars(aux=opts.aux)),
         descend(directions, Vars(outer=opts.outer), estimator=storm(eta)),
     )
-
-
-#: Exponents of the decay of the steps in the papers: rate / (t + 1)^exponent.
-_EXPONENTS = {soba: 1 / 2, ma_soba: 1 / 2, saba: 0.0, srba: 0.0, spaba: 0.0, storm_soba: 1 / 3, fsla: 1 / 2}
-
-
-def default_opts(solver: Callable[..., Solver], inner: float, aux: float, outer: float) -> Vars:
-    """The step-size schedules of a solver's paper, from the three initial step sizes.
-
-    Args:
-        solver: one of the constructors of this module.
-        inner, aux, outer: step sizes of z, v and x at the first step.
-
-    Returns:
-        ``Vars`` of `optax.sgd`: constant for SABA, SRBA and SPABA, ~ t^-1/2 for SOBA, MA-SOBA and FSLA, ~ t^-1/3 for STORM.
-
-    Raises:
-        ValueError: for a function that is not one of those constructors.
-
-    Example:
-        >>> opts = default_opts(soba, 0.1, 0.1, 0.01)
-        >>> [opt is not None for opt in opts]
-        [True, True, True]
-    """
-    if solver not in _EXPONENTS:
-        raise ValueError(f"solver: got {solver!r}, expected one of {[s.__name__ for s in _EXPONENTS]}")
-    exponent = _EXPONENTS[solver]
-
-    def decay(rate: float) -> Any:
-        return rate if exponent == 0.0 else lambda t: rate * jnp.asarray(t + 1, jnp.float32) ** -exponent
-
-    return Vars(*(optax.sgd(decay(rate)) for rate in (inner, aux, outer)))
-
-
-def _all(opts: Vars) -> Vars:
-    """These solvers move all three variables."""
-    if not isinstance(opts, Vars):
-        raise TypeError(f"opts: got {type(opts).__name__}, expected Vars(inner=..., aux=..., outer=...)")
-    for name, opt in zip(Vars._fields, opts, strict=True):
-        if opt is None:
-            raise ValueError(f"opts.{name}: got None, expected an optax transformation: the solver moves {name}")
-    return opts

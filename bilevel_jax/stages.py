@@ -1,0 +1,272 @@
+"""Stages of double-loop and unrolled methods: solve the inner problem, solve for v, follow a path, start anew.
+
+`bilevel_jax.sweep.descend` is the stage of everything else.  What these stages meet in the numbers is kept in their state as
+a `bilevel_jax.results.Status`: the worst code so far, which `bilevel_jax.run` reports.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from bilevel_jax import checks
+from bilevel_jax.hypergrad import Jacobian, norm, path, reverse
+from bilevel_jax.linear_solve import LinearSolver
+from bilevel_jax.oracles import depends, losses, system, take_draw
+from bilevel_jax.results import Result, Status, Tally, all_finite
+from bilevel_jax.types import Array, Batch, Calls, Cost, Problem, PyTree, Schedule, Stage, Vars
+
+
+class SolveState(NamedTuple):
+    status: Status  # the worst code of all solves so far
+    residual: Array  # float [], of the last solve: |d_z g|, or that of the linear system
+    tally: Tally  # what the solves have cost so far
+
+
+def _begin(residual: Any, declared: Calls) -> SolveState:
+    none = jnp.zeros((), jnp.int32)
+    return SolveState(Status(none), jnp.zeros((), residual), Tally(Calls(none, none, none, none), declared))
+
+
+def _went(state: SolveState, code: Array, residual: Array, **calls: Array) -> SolveState:
+    old = state.tally.calls
+    counted = old._replace(**{name: getattr(old, name) + value.astype(jnp.int32) for name, value in calls.items()})
+    residual = residual.astype(state.residual.dtype)
+    return SolveState(
+        Status(jnp.maximum(state.status.code, code.astype(jnp.int32))), residual, Tally(counted, state.tally.declared)
+    )
+
+
+def _widest(tree: PyTree) -> Any:
+    """The dtype of a residual: that of the variables, float32 at least."""
+    kinds = [jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(tree))]
+    return max(map(jnp.dtype, kinds), key=lambda kind: jnp.finfo(kind).bits)
+
+
+def assign(function: Callable[[Vars], Vars]) -> Stage:
+    """Replace the variables by a function of them, without a draw and without cost: a cold start, a copy, an average.
+
+    Example:
+        >>> cold = assign(lambda vars: vars._replace(inner=jax.tree.map(jnp.zeros_like, vars.inner)))
+        >>> cold.draws
+        0
+    """
+    return Stage(lambda vars, batches: (), lambda state, vars, batches, step: (function(vars), state), 0, Cost())
+
+
+def solve_inner(
+    problem: Problem,
+    opt: optax.GradientTransformation,
+    *,
+    max_steps: Schedule,
+    tolerance: Schedule | None = None,
+) -> Stage:
+    """Steps of an optimiser on z, a number of them that may change from sweep to sweep, on one draw.
+
+    Args:
+        problem: the two losses.
+        opt: optimiser of z, which starts without momentum in every sweep.
+        max_steps: number of steps, a positive int or a schedule of the sweep (rounded up).
+        tolerance: if given, stop as soon as ``|d_z g|`` is at most this; a number or a schedule of the sweep.
+
+    Returns:
+        A stage of one draw.  Codes: INNER_NOT_CONVERGED (the steps ran out above the tolerance), DIVERGED (an iterate that is
+        not finite; z stays at the last finite one).
+
+    Raises:
+        TypeError, ValueError: for ``max_steps`` below 1 and anything but a ``Problem``.
+
+    Cost: at most ``max_steps`` inner gradients, and one more with a tolerance; inf if that is a schedule: they are counted.
+
+    Example:
+        >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
+        >>> solve_inner(problem, optax.sgd(0.1), max_steps=20, tolerance=1e-3).cost.draw.inner_gradient
+        21.0
+    """
+    g, _ = losses(problem)
+    if not callable(max_steps):
+        checks.positive_int("max_steps", max_steps)
+
+    def init(vars: Vars, batches: Batch) -> SolveState:
+        draw = jax.eval_shape(lambda b: take_draw(b, 0), batches)
+        jax.eval_shape(jax.grad(g), vars.inner, vars.outer, draw)
+        return _begin(_widest(vars.inner), calls)
+
+    def update(state: SolveState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, SolveState]:
+        draw = take_draw(batches, 0)
+        limit = jnp.ceil(_at(max_steps, step)).astype(jnp.int32)
+        target = None if tolerance is None else jnp.asarray(_at(tolerance, step), state.residual.dtype)
+
+        def gradient(z: PyTree) -> PyTree:
+            return jax.grad(g)(z, vars.outer, draw)
+
+        def advance(z: PyTree, slope: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree, Array]:
+            with jax.numpy_dtype_promotion("standard"):
+                updates, opt_state = opt.update(slope, opt_state, z)
+                new = optax.apply_updates(z, updates)
+            return new, opt_state, all_finite(new)
+
+        def going(carry: tuple) -> Array:
+            _, slope, _, count, fine = carry
+            more = (count < limit) & fine
+            return more if target is None else more & (norm(slope).astype(target.dtype) > target)
+
+        def body(carry: tuple) -> tuple:
+            z, slope, opt_state, count, _ = carry
+            slope = gradient(z) if target is None else slope
+            new, opt_state, fine = advance(z, slope, opt_state)
+            new = jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, z)
+            return new, slope if target is None else gradient(new), opt_state, count + 1, fine
+
+        with jax.numpy_dtype_promotion("standard"):
+            opt_state = opt.init(vars.inner)
+        slope = jax.tree.map(jnp.zeros_like, vars.inner) if target is None else gradient(vars.inner)
+        carry = (vars.inner, slope, opt_state, jnp.int32(0), jnp.array(True))
+        z, slope, _, count, fine = lax.while_loop(going, body, carry)
+        residual = norm(slope)  # without a tolerance, that of the last step's start: another gradient would cost as much
+        met = jnp.array(True) if target is None else residual.astype(target.dtype) <= target
+        code = jnp.where(met, Result.SUCCESSFUL, Result.INNER_NOT_CONVERGED)
+        code = jnp.where(fine & jnp.isfinite(residual), code, Result.DIVERGED)
+        spent = count if target is None else count + 1
+        return vars._replace(inner=z), _went(state, code, residual, inner_gradient=spent)
+
+    calls = Calls(inner_gradient=math.inf if callable(max_steps) else float(max_steps) + (tolerance is not None))
+    return Stage(init, update, 1, Cost(draw=calls))
+
+
+def solve_aux(problem: Problem, solver: LinearSolver | Callable[[Array], LinearSolver], *, warm: bool = True) -> Stage:
+    """Solve ``d2_zz g v = -d_z f`` for v at the current z and x.
+
+    Args:
+        problem: the two losses.
+        solver: of `bilevel_jax.linear_solve`, or a function from the sweep to one, for tolerances and rates that change.
+        warm: whether to start at the v of the last sweep, or at 0.  A cold start with few steps stalls at a biased point.
+
+    Returns:
+        A stage of ``solver.draws + 1`` draws: draw 0 gives ``d_z f``, and every product of a solver that wants samples of its
+        own takes one of the others; otherwise all is taken on the one draw.  Its codes are those of the solver.
+
+    Raises:
+        TypeError, ValueError: for anything but a ``Problem`` and a ``LinearSolver``.
+
+    Cost: one outer gradient pair and the applications of the solver.
+
+    Example:
+        >>> from bilevel_jax.linear_solve import cg
+        >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
+        >>> solve_aux(problem, cg(max_steps=10)).draws
+        1
+    """
+    losses(problem)
+    make = solver if callable(solver) else lambda step: solver
+    declared = make(jnp.zeros((), jnp.int32))
+    if not isinstance(declared, LinearSolver):
+        raise TypeError(f"solver: got {type(declared).__name__}, expected a solver of bilevel_jax.linear_solve")
+
+    def init(vars: Vars, batches: Batch) -> SolveState:
+        if batches.outer is None:
+            raise ValueError("batch.outer: got None, expected data of the outer loss, whose gradient is the right-hand side")
+        state = _begin(_widest(vars.inner), Calls(hessian_vector=calls.hessian_vector))
+        jax.eval_shape(update, state, vars, batches, jnp.zeros((), jnp.int32))
+        return state
+
+    def update(state: SolveState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, SolveState]:
+        z, v, x = vars
+        with jax.numpy_dtype_promotion("standard"):  # schedules are users' code
+            current = make(step)
+        matvec, rhs, _ = system(problem, current, z, x, lambda k: take_draw(batches, k))
+        key = None if batches.key is None else batches.key[0]
+        v, stats = current.solve(matvec, rhs, v if warm else None, key)
+        return vars._replace(aux=v), _went(state, stats.code, stats.residual, hessian_vector=stats.steps)
+
+    bounded = math.isfinite(declared.applications)
+    calls = Calls(hessian_vector=declared.applications if bounded else math.inf, outer_gradient=1.0)
+    return Stage(init, update, declared.draws + 1, Cost(draw=calls))
+
+
+class UnrollState(NamedTuple):
+    opt: PyTree  # optax state of x
+
+
+def unroll(
+    problem: Problem,
+    opts: Vars,
+    steps: int,
+    *,
+    truncate: int | None = None,
+    checkpoint: str = "sqrt",
+    jacobian: Jacobian = reverse,
+    fresh: bool = True,
+) -> Stage:
+    """Follow ``steps`` inner steps from z, and step x along the derivative of f at their end, through all of them.
+
+    Args:
+        problem: the two losses.
+        opts: optimisers of z and x.  That of z starts without momentum in every sweep.
+        steps: inner steps.
+        truncate, checkpoint: as for `bilevel_jax.hypergrad.iterative`; ``truncate=0`` is the first-order method.
+        jacobian: how a vector is pulled back through the path: `bilevel_jax.hypergrad.reverse` or ``gaussian(...)`` of it.
+        fresh: whether every inner step takes a draw of its own, or all of them, and f, the same one.
+
+    Returns:
+        A stage of ``steps + 1`` draws, the last of them for f, or one draw if not ``fresh``.
+
+    Raises:
+        TypeError, ValueError: for counts out of range, optimisers that are missing, and an optimiser of v, which this method
+            has not; (in ``init``) for a first-order method on an outer loss that does not depend on x.
+
+    Cost: ``steps`` inner gradients, as many Hessian-vector and cross products as are differentiated, one outer gradient pair;
+    with ``gaussian(directions, radius)`` (directions + 1) ``steps`` inner gradients.  What checkpoints compute again is not
+    counted.
+
+    Example:
+        >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
+        >>> unroll(problem, Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)), 5).draws
+        6
+    """
+    g, f = losses(problem)
+    follow = path(opts.inner, steps, truncate=truncate, checkpoint=checkpoint)
+    kept = steps if truncate is None else truncate
+
+    def init(vars: Vars, batches: Batch) -> UnrollState:
+        if batches.outer is None:
+            raise ValueError("batch.outer: got None, expected data of the outer loss")
+        last = jax.eval_shape(lambda b: take_draw(b, -1), batches)
+        if kept == 0 and jacobian.directions is None and not depends(lambda x, d: f(vars.inner, x, d), vars.outer, last):
+            raise ValueError(
+                "truncate: got 0, expected at least 1, because the outer loss does not depend on x but through z, so that "
+                "the first-order gradient is 0"
+            )
+        with jax.numpy_dtype_promotion("standard"):
+            state = UnrollState(opts.outer.init(vars.outer))
+        jax.eval_shape(update, state, vars, batches, jnp.zeros((), jnp.int32))
+        return state
+
+    def update(state: UnrollState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, UnrollState]:
+        del step
+        z, _, x = vars
+        key = None if batches.key is None else batches.key[0]
+
+        def gradient(z: PyTree, x: PyTree, k: Array) -> PyTree:
+            return jax.grad(g)(z, x, take_draw(batches, k if fresh else 0))
+
+        end, pull = jacobian.at(lambda x: follow(gradient, z, x), x, key)
+        fz, fx = jax.grad(f, argnums=(0, 1))(end, x, take_draw(batches, steps if fresh else 0))
+        direction = jax.tree.map(jnp.add, fx, pull(fz))
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt = opts.outer.update(direction, state.opt, x)
+            return Vars(end, vars.aux, optax.apply_updates(x, updates)), UnrollState(opt)
+
+    second = float(kept) if jacobian.directions is None else 0.0
+    calls = Calls(float(steps * (1 + (jacobian.directions or 0))), second, second, 1.0)
+    return Stage(init, update, steps + 1 if fresh else 1, Cost(draw=calls))
+
+
+def _at(schedule: Schedule, step: Array) -> Any:
+    with jax.numpy_dtype_promotion("standard"):  # schedules are users' code, written as for optax
+        value = schedule(step) if callable(schedule) else schedule
+    return jnp.asarray(value, jnp.float32)
