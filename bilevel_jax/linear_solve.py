@@ -1,11 +1,14 @@
 """Linear systems ``A u = b`` with the matrix given as a function: ``solve(matvec, rhs, guess=None, key=None) -> (u, Stats)``.
 
 In a bilevel problem ``A = d2_zz g`` and ``b = -d_z f``, and the solution is the v of the library's signs.  What a solver meets
-in the numbers never raises: it returns a code, a residual, and a solution without NaN.
+in the numbers never raises: it returns a code, a residual, and a solution without NaN; a right-hand side of 0 gives 0, one that
+is not finite 0 and NONFINITE.  Arguments out of range raise ValueError or TypeError when a solver is made; a guess or a
+``matvec(u)`` that is not shaped like ``rhs``, when the call is traced.  Numbers (rates, tolerances, damping) may be traced;
+``damping=d`` solves ``(A + d I) u = b``.
 
 Deterministic solvers are differentiated implicitly, ``du = A^-1 (db - dA u)`` with the same solver started at 0: forward and
-reverse, to any order, in the right-hand side and in whatever ``matvec`` closes over, but not in the guess.  Stochastic ones
-(fresh samples, or a key) are differentiated as they are written.
+reverse, to any order, in the right-hand side and in whatever ``matvec`` closes over, but not in guess, rates or tolerances.
+Stochastic ones (fresh samples, or a key) are differentiated as they are written.
 
 Iterates and scalars are kept in float32 at least; ``matvec`` is given the dtypes of ``rhs``.  On accelerators that round the
 factors of float32 products, solve under ``jax.default_matmul_precision("highest")``: rounded products are not symmetric.
@@ -13,7 +16,6 @@ factors of float32 products, solve under ``jax.default_matmul_precision("highest
 
 import importlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -61,30 +63,21 @@ class _CG(NamedTuple):
     total: Array  # int32 [], applications of A
     code: Array  # int32 [], -1 as long as nothing has happened
     checking: Array  # bool [], whether A goes to the iterate next (check), or to the direction (step)
-    done: Array  # bool []
 
 
 def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0, check_every: int = 50) -> LinearSolver:
     """Conjugate gradients for a symmetric positive definite A: ``|A u - b| <= atol + rtol |b|``, tested on the true residual.
 
-    A small fixed ``max_steps`` is a normal use (AID): MAX_STEPS_REACHED is then information.  Every pass of the loop applies
-    A once, to the direction (a step) or to the iterate (a check), so that under `jax.vmap` no lane pays for another's checks.
-
     Args:
-        max_steps: most steps.
-        rtol, atol: relative and absolute tolerance; numbers, traced ones too.  rtol: by default the square root of the
-            machine epsilon of ``rhs``.
-        damping: d >= 0 of ``(A + d I) u = b``.
+        max_steps: most steps; a small number is a normal use (AID), and MAX_STEPS_REACHED then information.
+        rtol, atol: tolerances; by default the square root of the machine epsilon of ``rhs``, and 0.
         check_every: steps from one check of the true residual to the next; the guess and the end are always checked.
 
     Returns:
         A solver.  Codes: SUCCESSFUL; MAX_STEPS_REACHED (last iterate); NEGATIVE_CURVATURE (``p'Ap <= eps |A| |p|^2``:
         the iterate before the step, however small its residual); STAGNATION (three times the residual of the recursion met the
         tolerance and the true one did not: the best iterate); BREAKDOWN (a scalar under- or overflowed); NONFINITE (A gave
-        NaN: the last finite iterate).  A right-hand side of 0 gives 0, whatever the guess.
-
-    Raises:
-        TypeError, ValueError: for numbers out of range; (when traced) if the guess or ``matvec(u)`` is not shaped like rhs.
+        NaN: the last finite iterate).  A singular A whose null space b does not meet goes unseen.
 
     Cost: one application a step, one for the guess, one a check.
 
@@ -98,8 +91,8 @@ def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0,
     """
     checks.positive_int("max_steps", max_steps)
     checks.positive_int("check_every", check_every)
-    _numbers(zero=True, rtol=0.0 if rtol is None else rtol, atol=atol, damping=damping)
-    rtol, atol = _still((rtol, atol))
+    atol, damping = _number("atol", atol, zero=True), _number("damping", damping, zero=True)
+    rtol = None if rtol is None else _number("rtol", rtol, zero=True)
 
     def iterate(A: Any, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del key
@@ -113,27 +106,24 @@ def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0,
             u, r = s.u + alpha * s.p, s.r - alpha * Ap
             rr = _dot(r, r)
             p = r + rr / s.rr * s.p
-            scalars = (s.rr > 0) & (pp > 0) & jnp.isfinite(s.rr + pp + pAp)
             code = _first(
                 (~all_finite(Ap), Result.NONFINITE),
-                (~scalars, Result.BREAKDOWN),
+                (~((s.rr > 0) & (pp > 0) & jnp.isfinite(s.rr + pp + pAp)), Result.BREAKDOWN),
                 (pAp <= eps * scale * pp, Result.NEGATIVE_CURVATURE),
-                (~(jnp.isfinite(rr) & all_finite((u, p))), Result.BREAKDOWN),
+                (~all_finite((rr, u, p)), Result.BREAKDOWN),
                 (s.steps + 1 >= max_steps, Result.MAX_STEPS_REACHED),
                 default=s.code,
             )
             check = (jnp.sqrt(rr) <= target) | ((s.steps + 1) % check_every == 0) | (code >= 0)
             new = s._replace(u=u, r=r, p=p, rr=rr, scale=scale, steps=s.steps + 1)
-            new = _where(code > Result.MAX_STEPS_REACHED, s, new)
-            return new._replace(code=code, checking=check)
+            return _where(code > Result.MAX_STEPS_REACHED, s, new)._replace(code=code, checking=check)
 
         def check(s: _CG, Au: Array) -> _CG:
             r = b - Au
             residual, uAu = _norm(r), _dot(s.u, Au)
-            better = residual < s.least
-            best, least = jnp.where(better, s.u, s.best), jnp.where(better, residual, s.least)
             claimed = jnp.where(jnp.sqrt(s.rr) <= target, s.failures + 1, s.failures)
             failures = jnp.where(residual <= s.least / 2, 0, claimed)
+            best, least = _where(residual < s.least, (s.u, residual), (s.best, s.least))
             code = _first(
                 (s.code > Result.MAX_STEPS_REACHED, s.code),
                 (~all_finite(Au), Result.NONFINITE),
@@ -145,20 +135,20 @@ def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0,
             u, residual = _where(code == Result.STAGNATION, (best, least), (s.u, residual))
             p = s.p + (r - s.r)  # p = r + beta p_old was made with the r of the recursion: exchange that for the true one
             s = s._replace(u=u, r=r, p=p, rr=_dot(r, r), best=best, least=least, residual=residual, failures=failures)
-            return s._replace(code=code, checking=jnp.array(False), done=code >= 0)
+            return s._replace(code=code, checking=jnp.array(False))
 
-        def apply(s: _CG) -> _CG:
+        def apply(s: _CG) -> _CG:  # one application a pass, so that under vmap no lane pays for another's checks
             s = s._replace(total=s.total + 1)
             return lax.cond(s.checking, check, step, s, A(jnp.where(s.checking, s.u, s.p)))
 
-        zeros, inf, count, no = jnp.zeros_like(b), jnp.full_like(rr, jnp.inf), jnp.int32(0), jnp.array(False)
-        begin = _CG(zeros, b, b, rr, 0 * rr, zeros, inf, inf, count, count, count, jnp.int32(-1), jnp.sqrt(rr) <= target, no)
+        zeros, inf, count, code = jnp.zeros_like(b), jnp.full_like(rr, jnp.inf), jnp.int32(0), jnp.int32(-1)
+        s = _CG(zeros, b, b, rr, 0 * rr, zeros, inf, inf, count, count, count, code, jnp.sqrt(rr) <= target)
         if guess is not None:  # the first check turns r = p = 0 into b - A guess
-            begin = begin._replace(u=guess, r=zeros, p=zeros, rr=inf, checking=~no)
-        end = lax.while_loop(lambda s: ~s.done, apply, begin)
-        return end.u, Stats(end.code, end.residual, end.total)
+            s = s._replace(u=guess, r=zeros, p=zeros, rr=inf, checking=jnp.array(True))
+        s = lax.while_loop(lambda s: (s.code < 0) | s.checking, apply, s)
+        return s.u, Stats(s.code, s.residual, s.total)
 
-    return _implicit(iterate, max_steps + max_steps // check_every + 2.0, symmetric=True, damping=damping)
+    return _solver(iterate, max_steps + max_steps // check_every + 2.0, symmetric=True, damping=damping)
 
 
 def neumann(*, terms: int, rate: Any, fresh: bool = False, batches: tuple[int, ...] | None = None) -> LinearSolver:
@@ -168,7 +158,7 @@ def neumann(*, terms: int, rate: Any, fresh: bool = False, batches: tuple[int, .
 
     Args:
         terms: number of factors; the sum has one summand more.
-        rate: a positive number, at most 1/L, or a traced one.
+        rate: a positive number, at most 1/L.
         fresh: whether every application uses a sample of its own, by ``matvec(u, k)``.
         batches: with ``fresh``, how many samples are averaged in each factor, in the order of application: ``terms`` ints, by
             default ones.  ``A_0`` is the mean over the first ``batches[0]`` samples, and so on: see `nested_batches`.
@@ -178,13 +168,9 @@ def neumann(*, terms: int, rate: Any, fresh: bool = False, batches: tuple[int, .
         the last summand over the rate: for a fixed A that is the residual of the sum without it.  Codes: SUCCESSFUL; DIVERGED
         (the last summand is larger than the first: rate too large; the sum as far as it was finite); NONFINITE.
 
-    Raises:
-        TypeError, ValueError: as for `cg`; for ``batches`` that are not ``terms`` positive ints, or not ``fresh``.
-
     Cost: ``terms`` applications, or ``sum(batches)``.
 
-    Reference: Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced design", 2021, arXiv 2010.07962,
-    Algorithm 3.
+    Reference: Ji, Yang, Liang, 2021, arXiv 2010.07962, Algorithm 3.
 
     Example:
         >>> u, stats = neumann(terms=2, rate=0.5).solve(lambda u: u, jnp.ones(1))
@@ -192,7 +178,7 @@ def neumann(*, terms: int, rate: Any, fresh: bool = False, batches: tuple[int, .
         [0.875]
     """
     checks.positive_int("terms", terms)
-    _numbers(rate=rate)
+    rate = _number("rate", rate)
     if batches is not None and not fresh:
         raise ValueError("batches: got them without fresh=True, expected None, because all samples are then the same")
     batches = (1,) * terms if batches is None else tuple(checks.positive_int("batches", count) for count in batches)
@@ -200,46 +186,36 @@ def neumann(*, terms: int, rate: Any, fresh: bool = False, batches: tuple[int, .
         raise ValueError(f"batches: got {len(batches)} of them, expected one a factor, {terms}")
     total = sum(batches)
     weights, ends = np.repeat([1 / count for count in batches], batches), np.isin(np.arange(1, total + 1), np.cumsum(batches))
-    rate = rate if fresh else _still(rate)
 
     def iterate(A: Any, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del guess, key
         eta = _cast(rate, b)
 
-        def sample(carry: tuple, x: tuple) -> tuple[tuple, None]:
-            r, s, product, fine = carry
-            k, weight, end = x
+        def sample(state: tuple, x: tuple) -> tuple:
+            (r, s, product), (k, weight, end) = state, x
             product += weight * A(r, k)
             new = r - eta * product
-            fine &= all_finite(s + new)
-            return (*_where(end & fine, (new, s + new, jnp.zeros_like(b)), (r, s, product)), fine), None
+            return _where(end, (new, s + new, jnp.zeros_like(b)), (r, s, product))
 
-        start = (b, b, jnp.zeros_like(b), jnp.array(True))
         xs = jnp.arange(total, dtype=jnp.int32), _cast(weights, b), jnp.asarray(ends)
-        (r, s, _, fine), _ = lax.scan(sample, start, xs)
-        code = _verdict(_norm(r) > (1 + eps**0.5) * _norm(b), fine)
-        return eta * s, Stats(code, _norm(r), jnp.int32(total))
+        (r, s, _), fine = _scan(sample, (b, b, jnp.zeros_like(b)), xs)
+        return eta * s, Stats(_verdict(_norm(r), (1 + eps**0.5) * _norm(b), fine), _norm(r), jnp.int32(total))
 
-    return _written(iterate, total, total) if fresh else _implicit(iterate, terms, symmetric=False)
+    return _solver(iterate, total, symmetric=None if fresh else False, draws=total if fresh else 0)
 
 
 def nested_batches(terms: int, *, rate: float, strong_convexity: float, blocks: int = 1) -> tuple[int, ...]:
     """The decreasing batches of stocBiO for `neumann`: ``blocks terms (1 - rate mu)^q`` in factor q = 0, ..., terms - 1.
 
-    The factor that is applied first gets the largest batch, because all the others multiply its error.  Numbers are rounded
-    up, so that the bound of the paper on the variance holds.
+    The factor that is applied first gets the largest batch, because all the others multiply its error.
 
     Args:
-        terms: number of factors Q.
-        rate: the rate eta of the sum.
+        terms, rate: of the sum (Q and eta in the paper).
         strong_convexity: mu, with ``rate mu <= 1``.
         blocks: the batch size B of the paper, in draws.
 
     Returns:
-        ``terms`` ints of at least 1.
-
-    Raises:
-        TypeError, ValueError: for numbers out of range.
+        ``terms`` ints of at least 1, rounded up, so that the bound of the paper on the variance holds.
 
     Reference: Ji, Yang, Liang, 2021, arXiv 2010.07962, ``|B_{Q+1-j}| = B Q (1 - eta mu)^{j-1}``.
 
@@ -249,11 +225,10 @@ def nested_batches(terms: int, *, rate: float, strong_convexity: float, blocks: 
     """
     checks.positive_int("terms", terms)
     checks.positive_int("blocks", blocks)
-    _numbers(rate=rate, strong_convexity=strong_convexity)
-    if rate * strong_convexity > 1:
+    shrink = 1 - _number("rate", rate) * _number("strong_convexity", strong_convexity)
+    if shrink < 0:
         raise ValueError(f"rate: got {rate}, expected at most 1 / strong_convexity = {1 / strong_convexity}")
-    sizes = blocks * terms * (1 - rate * strong_convexity) ** np.arange(terms)
-    return tuple(max(1, int(np.ceil(size - 1e-9))) for size in sizes)
+    return tuple(max(1, int(np.ceil(blocks * terms * shrink**q - 1e-9))) for q in range(terms))
 
 
 def random_neumann(*, terms: int, rate: Any, fresh: bool = False) -> LinearSolver:
@@ -263,16 +238,11 @@ def random_neumann(*, terms: int, rate: Any, fresh: bool = False) -> LinearSolve
 
     Args:
         terms: number of values of p.
-        rate: a positive number, at most 1/L, or a traced one.
-        fresh: whether every application uses a sample of its own: A_k is then ``matvec(u, k)``, with ``draws = terms``
-            (the last of which is never used, as p < terms).
+        rate, fresh: as for `neumann`, with ``draws = terms`` (the last of which is never used, as p < terms).
 
     Returns:
-        A solver that draws p from ``key`` and ignores the guess.  The residual is an estimate, the norm of the product.
-        Codes: SUCCESSFUL; DIVERGED (the product is larger than b; the product as far as it was finite); NONFINITE.
-
-    Raises:
-        TypeError, ValueError: as for `cg`; (when traced) without a key.
+        A solver that draws p from ``key``, which it cannot do without, and ignores the guess.  The residual is an estimate, the
+        norm of the product.  Codes: SUCCESSFUL; DIVERGED (the product is larger than b); NONFINITE.
 
     Cost: p applications, (terms - 1) / 2 on average; under `jax.vmap` over keys terms - 1.
 
@@ -286,7 +256,7 @@ def random_neumann(*, terms: int, rate: Any, fresh: bool = False) -> LinearSolve
         [0.5, 1.0]
     """
     checks.positive_int("terms", terms)
-    _numbers(rate=rate)
+    rate = _number("rate", rate)
 
     def iterate(A: Any, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del guess
@@ -295,16 +265,13 @@ def random_neumann(*, terms: int, rate: Any, fresh: bool = False) -> LinearSolve
         p = jax.random.randint(key, (), 0, terms, jnp.int32)
         eta = _cast(rate, b)
 
-        def factor(carry: tuple, k: Array) -> tuple[tuple, None]:
-            r = lax.cond(k < p, lambda r: r - eta * A(r, k), lambda r: r, carry[0])
-            fine = carry[1] & all_finite(r)
-            return (jnp.where(fine, r, carry[0]), fine), None
+        def factor(r: Array, k: Array) -> Array:
+            return lax.cond(k < p, lambda: r - eta * A(r, k), lambda: r)
 
-        (r, fine), _ = lax.scan(factor, (b, jnp.array(True)), jnp.arange(terms - 1, dtype=jnp.int32))
-        code = _verdict(_norm(r) > (1 + eps**0.5) * _norm(b), fine)
-        return terms * eta * r, Stats(code, _norm(r), p)
+        r, fine = _scan(factor, b, jnp.arange(terms - 1, dtype=jnp.int32))
+        return terms * eta * r, Stats(_verdict(_norm(r), (1 + eps**0.5) * _norm(b), fine), _norm(r), p)
 
-    return _written(iterate, (terms - 1) / 2, terms if fresh else 0)
+    return _solver(iterate, (terms - 1) / 2, draws=terms if fresh else 0)
 
 
 def richardson(*, steps: int, rate: Any, fresh: bool = False) -> LinearSolver:
@@ -314,15 +281,12 @@ def richardson(*, steps: int, rate: Any, fresh: bool = False) -> LinearSolver:
 
     Args:
         steps: number of steps.
-        rate: a positive number, below 2/L, or a traced one.
+        rate: a positive number, below 2/L.
         fresh: whether every step uses a sample of its own: A_k is then ``matvec(u, k)``, and ``draws = steps``.
 
     Returns:
         A solver.  With ``fresh`` the residual is an estimate, that of the last sample before its step.  Codes: SUCCESSFUL;
         DIVERGED (the residual has grown, with ``fresh`` by more than ``|b|``; last finite iterate); NONFINITE.
-
-    Raises:
-        TypeError, ValueError: as for `cg`.
 
     Cost: ``steps`` applications, and without ``fresh`` one for the residual.
 
@@ -333,20 +297,8 @@ def richardson(*, steps: int, rate: Any, fresh: bool = False) -> LinearSolver:
         >>> u.tolist(), stats.residual.tolist()
         ([0.875], 0.125)
     """
-    checks.positive_int("steps", steps)
-    _numbers(rate=rate)
-    rate = rate if fresh else _still(rate)
-
-    def iterate(A: Any, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
-        del key
-        eta = _cast(rate, b)
-        u, first, last, fine = _march(lambda u, previous, r: u + eta * r, A, b, guess, steps)
-        if fresh:
-            return u, Stats(_verdict(last > first + _norm(b), fine), last, jnp.int32(steps))
-        residual, most = _norm(b - A(u)), first + eps**0.5 * _norm(b)
-        return u, Stats(_verdict((last > most) | (residual > most), fine), residual, jnp.int32(steps + 1))
-
-    return _written(iterate, steps, steps) if fresh else _implicit(iterate, steps + 1.0, symmetric=False)
+    rate = _number("rate", rate)
+    return _march(steps, lambda b: (_cast(rate, b), _cast(0.0, b)), growth=1, symmetric=None if fresh else False)
 
 
 def heavy_ball(*, steps: int, smoothness: Any, strong_convexity: Any) -> LinearSolver:
@@ -357,58 +309,42 @@ def heavy_ball(*, steps: int, smoothness: Any, strong_convexity: Any) -> LinearS
 
     Args:
         steps: number of steps.
-        smoothness, strong_convexity: L >= mu > 0, bounds of the eigenvalues of a symmetric A; numbers, traced ones too.
+        smoothness, strong_convexity: L >= mu > 0, bounds of the eigenvalues of a symmetric A.
 
     Returns:
         A solver.  Codes: SUCCESSFUL; DIVERGED (the residual has grown by more than 2 steps + 1, which correct constants do
         not allow; last finite iterate); NONFINITE.
-
-    Raises:
-        TypeError, ValueError: as for `cg`.
 
     Cost: ``steps`` applications, and one for the residual.
 
     Reference: Ji, Liang, "Lower bounds and accelerated algorithms for bilevel optimization", 2023, arXiv 2102.03926.
 
     Example:
-        >>> u, stats = heavy_ball(steps=60, smoothness=4.0, strong_convexity=1.0).solve(
-        ...     lambda u: jnp.array([1.0, 4.0]) * u, jnp.ones(2)
-        ... )
-        >>> u.round(5).tolist()
+        >>> solver = heavy_ball(steps=60, smoothness=4.0, strong_convexity=1.0)
+        >>> solver.solve(lambda u: jnp.array([1.0, 4.0]) * u, jnp.ones(2))[0].round(5).tolist()
         [1.0, 0.25]
     """
-    checks.positive_int("steps", steps)
-    _numbers(smoothness=smoothness, strong_convexity=strong_convexity)
+    smoothness, strong_convexity = _number("smoothness", smoothness), _number("strong_convexity", strong_convexity)
     if isinstance(smoothness, int | float) and isinstance(strong_convexity, int | float) and smoothness < strong_convexity:
         raise ValueError(f"smoothness: got {smoothness}, expected at least strong_convexity, {strong_convexity}")
 
-    def iterate(A: Any, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
-        del key
-        L, mu = (_cast(value, b) for value in _still((smoothness, strong_convexity)))
-        lam = 4 / (jnp.sqrt(L) + jnp.sqrt(mu)) ** 2
-        th = jnp.maximum((1 - jnp.sqrt(lam * mu)) ** 2, (1 - jnp.sqrt(lam * L)) ** 2)
+    def rates(b: Array) -> tuple[Array, Array]:
+        L, mu = jnp.sqrt(_cast(smoothness, b)), jnp.sqrt(_cast(strong_convexity, b))
+        root = 2 / (L + mu)
+        return root**2, jnp.maximum((1 - root * mu) ** 2, (1 - root * L) ** 2)
 
-        u, first, last, fine = _march(lambda u, previous, r: u + lam * r + th * (u - previous), A, b, guess, steps)
-        residual, most = _norm(b - A(u)), (2 * steps + 1) * first + eps**0.5 * _norm(b)
-        return u, Stats(_verdict((last > most) | (residual > most), fine), residual, jnp.int32(steps + 1))
-
-    return _implicit(iterate, steps + 1.0, symmetric=True)
+    return _march(steps, rates, growth=2 * steps + 1, symmetric=True)
 
 
 def dense(*, positive_definite: bool = True, damping: Any = 0.0) -> LinearSolver:
     """Direct solution of a small system: A by its columns, then Cholesky, or LU where A is not positive definite.
 
     Args:
-        positive_definite: whether A is symmetric positive definite.  If it turns out not to be, the solution is that by LU,
-            with the code NEGATIVE_CURVATURE.  False: LU, and derivatives that do not assume symmetry.
-        damping: d >= 0 of ``(A + d I) u = b``.
+        positive_definite: whether A is symmetric positive definite.  False: LU, and derivatives that do not assume symmetry.
 
     Returns:
-        A solver, which ignores the guess.  Codes: SUCCESSFUL; NEGATIVE_CURVATURE; SINGULAR (a pivot vanishes to the precision,
-        or the residual is large; the solution is 0 where there is no finite one); NONFINITE (solution 0).
-
-    Raises:
-        TypeError, ValueError: as for `cg`.
+        A solver, which ignores the guess.  Codes: SUCCESSFUL; NEGATIVE_CURVATURE (solution by LU); SINGULAR (a pivot vanishes
+        to the precision, or the residual is large; the solution is 0 where there is no finite one); NONFINITE (solution 0).
 
     Cost: as many applications as unknowns, and one for the residual: ``applications`` is nan.  Under `jax.vmap` both
     factorisations are computed.
@@ -420,78 +356,50 @@ def dense(*, positive_definite: bool = True, damping: Any = 0.0) -> LinearSolver
         >>> u.round(6).tolist(), Result(int(stats.code)).name
         ([1.0, 1.0], 'SUCCESSFUL')
     """
-    _numbers(zero=True, damping=damping)
 
-    def factor(A: Any, n: int, dtype: Any, eps: float) -> Callable[..., tuple[Array, Stats]]:
-        matrix = jax.vmap(A, out_axes=1)(jnp.eye(n, dtype=dtype))
-        lower = jnp.linalg.cholesky(matrix) if positive_definite else jnp.full_like(matrix, jnp.nan)
-        definite = jnp.isfinite(lower).all()
-        order = jnp.arange(n, dtype=jnp.int32)
-        factors, order = lax.cond(definite, lambda: (lower, order), lambda: jax.scipy.linalg.lu_factor(matrix))
-        pivots = jnp.abs(jnp.diagonal(factors))
-        pivots = jnp.where(definite, pivots**2, pivots)
+    def iterate(A: Any, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
+        del guess, key
+        with jax.default_matmul_precision("highest"):
+            matrix = jax.vmap(A, out_axes=1)(jnp.eye(b.size, dtype=b.dtype))
+            lower = jnp.linalg.cholesky(matrix) if positive_definite else jnp.full_like(matrix, jnp.nan)
+            definite = jnp.isfinite(lower).all()
+
+            def general() -> tuple[Array, Array]:
+                factors, order = jax.scipy.linalg.lu_factor(matrix)
+                return jax.scipy.linalg.lu_solve((factors, order), b), jnp.abs(jnp.diagonal(factors))
+
+            def symmetric() -> tuple[Array, Array]:
+                return jax.scipy.linalg.cho_solve((lower, True), b), jnp.diagonal(lower) ** 2
+
+            u, pivots = lax.cond(definite, symmetric, general)
+        u = jnp.where(jnp.isfinite(u).all(), u, jnp.zeros_like(u))
+        residual = _norm(b - A(u))
         code = _first(
             (~jnp.isfinite(matrix).all(), Result.NONFINITE),
-            (~(pivots.min() > n * eps * pivots.max()), Result.SINGULAR),
+            (~((pivots.min() > b.size * eps * pivots.max()) & (residual <= eps**0.25 * _norm(b))), Result.SINGULAR),
             (~definite & positive_definite, Result.NEGATIVE_CURVATURE),
-            default=jnp.int32(Result.SUCCESSFUL),
         )
+        return u, Stats(code, residual, jnp.int32(b.size + 1))
 
-        def inverse(transpose: int, A: Any, b: Array) -> tuple[Array, Stats]:
-            u = lax.cond(
-                definite,
-                lambda: jax.scipy.linalg.cho_solve((factors, True), b),
-                lambda: jax.scipy.linalg.lu_solve((factors, order), b, trans=transpose),
-            )
-            u = jnp.where(jnp.isfinite(u).all(), u, jnp.zeros_like(u))
-            residual = _norm(b - A(u))
-            bad = ~(residual <= eps**0.25 * _norm(b))
-            return u, Stats(jnp.where(bad, jnp.maximum(code, jnp.int32(Result.SINGULAR)), code), residual, jnp.int32(n + 1))
-
-        return inverse
-
-    def solve(matvec: Any, rhs: PyTree, guess: PyTree = None, key: Any = None) -> tuple[PyTree, Stats]:
-        del key
-        A, b, _, narrow, eps = _prepare(matvec, rhs, guess, damping)
-        A, consts = jax.closure_convert(A, b)
-        with jax.default_matmul_precision("highest"):
-            # Factorised once, for the derivatives too.
-            inverse = factor(lambda u: A(u, *lax.stop_gradient(consts)), b.size, b.dtype, eps)
-            solves = partial(inverse, 0), partial(inverse, 1)
-            u, stats = _linear(lambda u: A(u, *consts), b, *solves, positive_definite)
-        return narrow(u), stats
-
-    return LinearSolver(solve, float("nan"))
+    return _solver(iterate, float("nan"), symmetric=positive_definite, damping=_number("damping", damping, zero=True))
 
 
 def auto(
-    *,
-    positive_definite: bool = True,
-    dense_below: int = 512,
-    max_steps: int = 1000,
-    rtol: Any = None,
-    atol: Any = 0.0,
-    damping: Any = 0.0,
+    *, positive_definite: bool = True, dense_below: int = 512, max_steps: int = 1000, rtol: Any = None, damping: Any = 0.0
 ) -> LinearSolver:
     """`dense` for systems of at most ``dense_below`` unknowns; above, `cg`, or GMRES where A is not symmetric.
 
-    The choice is made from shapes, when the call is traced.  The normal equations are never formed: they square the
-    condition number.
+    Never the normal equations: they square the condition number.
 
     Args:
         positive_definite: whether A is symmetric positive definite.  False above ``dense_below`` needs lineax.
         dense_below: largest number of unknowns solved directly; 0 for none.
-        max_steps, rtol, atol: of the iterative solvers, as for `cg`; GMRES starts anew every 20 applications.
-        damping: d >= 0 of ``(A + d I) u = b``.
+        max_steps, rtol: of the iterative solvers, as for `cg`; GMRES starts anew every 20 applications.
 
-    Returns:
-        A solver, whose codes are those of `dense`, `cg` or `from_lineax`.
+    Returns, Cost: as for `dense`, `cg` or `from_lineax`; ``applications`` is the larger one.
 
     Raises:
-        TypeError, ValueError: as for `cg`.
         ImportError: (when traced) if lineax is needed and not installed.
-
-    Cost: that of `dense` or `cg`; ``applications`` is the larger one.
 
     Example:
         >>> u, stats = auto().solve(lambda u: {"w": 2 * u["w"]}, {"w": jnp.ones(3)})
@@ -500,43 +408,36 @@ def auto(
     """
     checks.positive_int("dense_below", dense_below, 0)
     small = dense(positive_definite=positive_definite, damping=damping)
-    large = cg(max_steps=max_steps, rtol=rtol, atol=atol, damping=damping)
+    large = cg(max_steps=max_steps, rtol=rtol, damping=damping)
 
     def solve(matvec: Any, rhs: PyTree, guess: PyTree = None, key: Any = None) -> tuple[PyTree, Stats]:
         checks.floating("rhs", rhs)
         size = sum(leaf.size for leaf in jax.tree.leaves(rhs))
-        if size <= dense_below:
-            return small.solve(matvec, rhs, guess, key)
-        if positive_definite:
-            return large.solve(matvec, rhs, guess, key)
+        if size <= dense_below or positive_definite:
+            return (small if size <= dense_below else large).solve(matvec, rhs, guess, key)
         why = f"auto: a system of {size} unknowns that is not positive definite, above dense_below={dense_below}"
         tolerance = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(rhs)) ** 0.5 if rtol is None else rtol
-        gmres = _lineax(why).GMRES(rtol=tolerance, atol=atol, max_steps=-(-max_steps // 20), restart=20)
+        gmres = _lineax(why).GMRES(rtol=tolerance, atol=0.0, max_steps=-(-max_steps // 20), restart=20)
         return from_lineax(gmres, damping=damping).solve(matvec, rhs, guess, key)
 
     return LinearSolver(solve, max(dense_below + 1.0, large.applications))
 
 
-def from_lineax(
-    solver: Any, *, positive_definite: bool = False, symmetric: bool | None = None, damping: Any = 0.0
-) -> LinearSolver:
+def from_lineax(solver: Any, *, positive_definite: bool = False, damping: Any = 0.0) -> LinearSolver:
     """A solver of lineax: CG, GMRES, BiCGStab, LU, and the others that take a square matrix given as a function.
 
     Args:
         solver: such as ``lineax.GMRES(rtol=1e-6, atol=1e-6)``.  Its tolerances hold entry by entry.
         positive_definite: whether A is symmetric positive definite; CG and Cholesky ask for it.
-        symmetric: whether A is symmetric; by default what ``positive_definite`` says.
-        damping: d >= 0 of ``(A + d I) u = b``.
 
     Returns:
-        A solver.  Codes are those of lineax with these exceptions: NEGATIVE_CURVATURE if A, said to be positive definite, is
-        not so in the plane of u and b (lineax calls that a success; on other planes it goes unseen, but by `cg`); SINGULAR if
-        there is no finite solution (then the guess or 0 is returned), or if a success leaves a residual far above the
-        tolerance; NONFINITE if A gives NaN.  ``steps`` is an upper estimate from lineax's own count.
+        A solver.  Codes: SUCCESSFUL, MAX_STEPS_REACHED, STAGNATION, BREAKDOWN as lineax says; SINGULAR for its other failures,
+        where there is no finite solution (the guess or 0 is returned), or where a success leaves a residual far above the
+        tolerance; NEGATIVE_CURVATURE if A, said to be positive definite, is not so along u or b (along other directions it
+        goes unseen: use `cg`); NONFINITE if A gives NaN.  ``steps`` is what lineax counts.
 
     Raises:
         ImportError: if lineax is not installed.
-        TypeError, ValueError: as for `cg`; for anything but a solver of lineax; for contradictory properties.
 
     Cost: that of the solver, and two applications.
 
@@ -552,178 +453,159 @@ def from_lineax(
     lx = _lineax("from_lineax")
     if not isinstance(solver, lx.AbstractLinearSolver):
         raise TypeError(f"solver: got {type(solver).__name__}, expected a solver of lineax")
-    if positive_definite and symmetric is False:
-        raise ValueError("symmetric: got False, expected True or None, because positive_definite is True")
-    _numbers(zero=True, damping=damping)
-    solver = _still(solver)
-    tags = lx.positive_semidefinite_tag if positive_definite else lx.symmetric_tag if symmetric else ()
-    codes = {
-        "max_steps_reached": Result.MAX_STEPS_REACHED,
-        "stagnation": Result.STAGNATION,
-        "breakdown": Result.BREAKDOWN,
-        "singular": Result.SINGULAR,
-        "conlim": Result.SINGULAR,
-        "nonfinite_input": Result.NONFINITE,
-    }
-    rtol, atol, most = (getattr(solver, name, default) for name, default in (("rtol", 0.0), ("atol", 0.0), ("max_steps", None)))
-    each = {"GMRES": getattr(solver, "restart", 0) + 1, "BiCGStab": 2}.get(type(solver).__name__, 1)
+    solver, shared = _still(solver), (Result.MAX_STEPS_REACHED, Result.STAGNATION, Result.BREAKDOWN)
 
     def iterate(A: Any, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del key
-        operator = lx.FunctionLinearOperator(A, jax.ShapeDtypeStruct(b.shape, b.dtype), tags)
-        options = {} if guess is None else {"y0": guess}
+        tags = lx.positive_semidefinite_tag if positive_definite else ()
+        operator = lx.FunctionLinearOperator(lambda u: A(u), jax.ShapeDtypeStruct(b.shape, b.dtype), tags)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            found = lx.linear_solve(operator, b, solver, options=options, throw=False)
+            found = lx.linear_solve(operator, b, solver, options={} if guess is None else {"y0": guess}, throw=False)
         fine = all_finite(found.value)
         u = jnp.where(fine, found.value, jnp.zeros_like(b) if guess is None else guess)
         Au, Ab = A(u), A(b)
-        residual, large = _norm(b - Au), _cast(atol, b) * b.size**0.5 + _cast(rtol, b) * _norm(b)
-        # Curvature along u and b, and in their plane, where it is positive if the determinant of the form is.
-        u_size, b_size = (jnp.where(_norm(v) > 0, _norm(v), jnp.ones_like(residual)) for v in (u, b))
-        x, Ax, y, Ay = u / u_size, Au / u_size, b / b_size, Ab / b_size
-        xAx, yAy, xAy = _dot(x, Ax), _dot(y, Ay), _dot(x, Ay)
-        flat = (xAx < eps * _norm(Ax)) | (yAy < eps * _norm(Ay)) | (xAx * yAy < xAy**2 - eps**0.5 * _norm(Ax) * _norm(Ay))
+        rtol, atol = (_cast(getattr(solver, name, 0.0), b) for name in ("rtol", "atol"))
+        residual, most = _norm(b - Au), 2 * atol * b.size**0.5 + (eps**0.25 + 2 * rtol) * _norm(b)
+        curved = (_dot(u, Au) < eps * _norm(u) * _norm(Au)) | (_dot(b, Ab) < eps * _norm(b) * _norm(Ab))
         code = _first(
             (~all_finite((Au, Ab)), Result.NONFINITE),
             (_norm(b) == 0, Result.SUCCESSFUL),
-            (flat & positive_definite, Result.NEGATIVE_CURVATURE),
-            *((found.result == getattr(lx.RESULTS, theirs), ours) for theirs, ours in codes.items()),
-            (~fine | ~(residual <= eps**0.25 * _norm(b) + 2 * large), Result.SINGULAR),
-            default=jnp.int32(Result.SUCCESSFUL),
+            (curved & positive_definite, Result.NEGATIVE_CURVATURE),
+            *((found.result == getattr(lx.RESULTS, r.name.lower()), r) for r in shared),
+            (~(fine & (residual <= most) & (found.result == lx.RESULTS.successful)), Result.SINGULAR),
         )
-        count = jnp.asarray(found.stats.get("num_steps", b.size), jnp.int32)
-        return u, Stats(code, residual, each * count + 2)
+        return u, Stats(code, residual, jnp.asarray(found.stats.get("num_steps", b.size), jnp.int32) + 2)
 
-    applications = float("nan") if most is None else each * most + 2.0
-    return _implicit(iterate, applications, symmetric=symmetric or positive_definite, damping=damping)
+    return _solver(iterate, float("nan"), symmetric=positive_definite, damping=_number("damping", damping, zero=True))
 
 
-#: ``(A, b, guess, eps, key) -> (u, Stats)`` on vectors, with ``A(u, k)``; eps is the machine epsilon of the products.
-_Iterate = Callable[..., tuple[Array, Stats]]
-
-
-def _prepare(matvec: Any, rhs: PyTree, guess: PyTree | None, damping: Any) -> tuple:
-    """``A + d I``, b and the guess on vectors of one dtype, at least float32; the way back; eps.
+def _solver(
+    iterate: Callable[..., tuple[Array, Stats]],
+    applications: float,
+    *,
+    symmetric: bool | None = None,
+    draws: int = 0,
+    damping: Any = 0.0,
+) -> LinearSolver:
+    """A solver on pytrees from ``iterate(A, b, guess, eps, key) -> (u, Stats)`` on vectors, with ``A(u, k)``.
 
     On one vector a step is a few operations, where every leaf would add its own (forty leaves: `cg` takes half the time).
+    ``symmetric`` is None for what is differentiated as it is written; otherwise ``du = A^-1 (db - dA u)``.
     """
-    checks.floating("rhs", rhs)
-    dtypes = [leaf.dtype for leaf in jax.tree.leaves(rhs)]
-    wide = max((np.dtype(np.float32), *dtypes), key=lambda d: jnp.finfo(d).bits)
-
-    def ravel(tree: PyTree) -> tuple[Array, Any]:
-        return ravel_pytree(jax.tree.map(lambda leaf: jnp.asarray(leaf, wide), tree))
-
-    b, unravel = ravel(rhs)
-    if guess is not None:
-        checks.same_shapes("guess", guess, rhs, "rhs")
-        guess = jnp.where(all_finite(guess), ravel(guess)[0], jnp.zeros_like(b))
-
-    def narrow(u: Array) -> PyTree:
-        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), unravel(u), rhs)
-
-    def apply(u: Array, *k: Array) -> Array:
-        product = matvec(narrow(u), *k)
-        checks.same_shapes("matvec(u)", product, rhs, "rhs")
-        flat, _ = ravel(product)
-        return flat if isinstance(damping, int | float) and damping == 0 else flat + _cast(damping, u) * u
-
-    return apply, b, guess, narrow, max(float(jnp.finfo(d).eps) for d in dtypes)
-
-
-def _checked(iterate: Callable[[Array, Array | None], tuple[Array, Stats]], b: Array, guess: Array | None) -> Any:
-    """A right-hand side that is 0 starts at 0; one that is not finite gives 0 and the code NONFINITE."""
-    fine = all_finite(b)
-    b = jnp.where(fine, b, jnp.zeros_like(b))
-    u, stats = iterate(b, None if guess is None else jnp.where((b == 0).all(), b, guess))
-    residual = jnp.where(fine, stats.residual, jnp.full_like(stats.residual, jnp.nan))
-    return u, Stats(_first((~fine, Result.NONFINITE), default=stats.code), residual, stats.steps)
-
-
-def _linear(A: Any, b: Array, solve: Any, transpose_solve: Any, symmetric: bool) -> tuple[Array, Stats]:
-    """``A^-1 b``: linear in b to the transformations of jax, whatever the solver does."""
-
-    def inverse(solve: Any, A: Any, b: Array) -> tuple[Array, Stats]:
-        return _checked(lambda b, _: solve(A, b), b, None)
-
-    both = partial(inverse, solve), partial(inverse, transpose_solve)
-    return lax.custom_linear_solve(A, b, *both, symmetric=symmetric, has_aux=True)
-
-
-def _implicit(iterate: _Iterate, applications: float, *, symmetric: bool, damping: Any = 0.0) -> LinearSolver:
-    """A deterministic solver: ``du = A^-1 (db - dA u)``."""
 
     def solve(matvec: Any, rhs: PyTree, guess: PyTree = None, key: Any = None) -> tuple[PyTree, Stats]:
-        del key
-        A, b, guess, narrow, eps = _prepare(matvec, rhs, guess, damping)
-        A, consts = jax.closure_convert(A, b)  # one trace of matvec; all that may have a derivative becomes an argument
+        checks.floating("rhs", rhs)
+        dtypes = [leaf.dtype for leaf in jax.tree.leaves(rhs)]
+        eps = max(float(jnp.finfo(d).eps) for d in dtypes)  # of the products
+        wide = max((np.dtype(np.float32), *dtypes), key=lambda d: jnp.finfo(d).bits)
 
-        def inverse(A: Any, b: Array) -> tuple[Array, Stats]:
-            return iterate(lambda u, *_: A(u), b, None, eps, None)
+        def ravel(tree: PyTree) -> Any:
+            return ravel_pytree(jax.tree.map(lambda leaf: jnp.asarray(leaf, wide), tree))
+
+        b, unravel = ravel(rhs)
+        if guess is not None:
+            checks.same_shapes("guess", guess, rhs, "rhs")
+            guess = jnp.where(all_finite(guess), ravel(guess)[0], jnp.zeros_like(b))
+
+        def narrow(u: Array) -> PyTree:
+            return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), unravel(u), rhs)
+
+        def apply(u: Array, k: Any = None) -> Array:
+            product = matvec(narrow(u), k) if draws else matvec(narrow(u))
+            checks.same_shapes("matvec(u)", product, rhs, "rhs")
+            return ravel(product)[0] + _cast(damping, u) * u
+
+        def checked(A: Any, b: Array, guess: Array | None) -> tuple[Array, Stats]:
+            fine = all_finite(b)
+            b = jnp.where(fine, b, jnp.zeros_like(b))
+            guess = None if guess is None else jnp.where((b == 0).all(), b, guess)
+            u, (code, residual, steps) = iterate(A, b, guess, eps, key)
+            code = _first((~fine, Result.NONFINITE), default=code)
+            return u, Stats(code, jnp.where(fine, residual, jnp.full_like(residual, jnp.nan)), steps)
+
+        if symmetric is None:
+            u, stats = checked(apply, b, guess)
+            return narrow(u), stats
+        A, consts = jax.closure_convert(apply, b)  # one trace of matvec; all that may have a derivative becomes an argument
 
         def from_zero(b: Array, consts: Any) -> tuple[Array, Stats]:
-            return _linear(lambda u: A(u, *consts), b, inverse, inverse, symmetric)
+            """Linear in b to the transformations of jax, whatever the solver does."""
+
+            def inverse(A: Any, b: Array) -> tuple[Array, Stats]:
+                return checked(lambda u, k=None: A(u), b, None)
+
+            return lax.custom_linear_solve(lambda u: A(u, *consts), b, inverse, inverse, bool(symmetric), has_aux=True)
+
+        if guess is None:
+            u, stats = from_zero(b, consts)
+            return narrow(u), stats
 
         @jax.custom_jvp
-        def from_guess(b: Array, guess: Array, consts: Any) -> tuple[Array, Stats]:
-            return _checked(lambda b, guess: iterate(lambda u, *_: A(u, *consts), b, guess, eps, None), b, guess)
+        def solution(u: Array, b: Array, consts: Any) -> Array:
+            """u, with the derivatives of ``A^-1 b``: their systems must not start at the guess."""
+            del b, consts
+            return u
 
-        @from_guess.defjvp
+        @solution.defjvp
         def _(primals: tuple, tangents: tuple) -> tuple:
-            """The rule of `_linear`, written out, because the systems of the derivatives must not start at the guess."""
-            (b, _, consts), (db, _, dconsts) = primals, tangents
-            u, stats = from_guess(*primals)
-            _, change = jax.jvp(lambda b, consts: b - A(u, *consts), (b, consts), (db, dconsts))
-            none: Any = np.zeros((), jax.dtypes.float0)
-            return (u, stats), (from_zero(change, consts)[0], Stats(none, jnp.zeros_like(stats.residual), none))
+            u = solution(*primals)
+            _, change = jax.jvp(lambda b, consts: b - A(u, *consts), primals[1:], tangents[1:])
+            return u, from_zero(change, primals[2])[0]
 
-        u, stats = from_zero(b, consts) if guess is None else from_guess(b, guess, consts)
-        return narrow(u), stats
-
-    return LinearSolver(solve, applications)
-
-
-def _written(iterate: _Iterate, applications: float, draws: int) -> LinearSolver:
-    """A stochastic solver, differentiated as it is written."""
-
-    def solve(matvec: Any, rhs: PyTree, guess: PyTree = None, key: Any = None) -> tuple[PyTree, Stats]:
-        A, b, guess, narrow, eps = _prepare(matvec, rhs, guess, 0.0)
-        apply = A if draws else lambda u, k: A(u)
-        u, stats = _checked(lambda b, guess: iterate(apply, b, guess, eps, key), b, guess)
-        return narrow(u), stats
+        still = lax.stop_gradient(consts)
+        u, stats = checked(lambda u, k=None: A(u, *still), *lax.stop_gradient((b, guess)))
+        return narrow(solution(u, b, consts)), stats
 
     return LinearSolver(solve, float(applications), draws)
 
 
-def _march(step: Any, A: Any, b: Array, guess: Array | None, steps: int) -> tuple[Array, Array, Array, Array]:
-    """``step(u, previous u, b - A u)`` from the guess or 0, as long as it is finite.
+def _march(steps: int, rates: Callable[[Array], tuple], *, growth: float, symmetric: bool | None) -> LinearSolver:
+    """``u <- u + lam (b - A u) + th (u - previous u)``, as long as that is finite; fresh samples if ``symmetric`` is None."""
+    checks.positive_int("steps", steps)
+    fresh = symmetric is None
 
-    Returns the last finite u, the first ``|b - A u|`` and that of the last finite step, and whether all were finite.
-    """
-    u = jnp.zeros_like(b) if guess is None else guess
+    def iterate(A: Any, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
+        del key
+        lam, th = rates(b)
+        u = jnp.zeros_like(b) if guess is None else guess
 
-    def body(carry: tuple, k: Array) -> tuple[tuple, Array]:
-        u, previous, _, fine = carry
-        r = b - A(u, k)
-        new = step(u, previous, r)
+        def step(state: tuple, k: Array) -> tuple:
+            u, previous, first, _ = state
+            r = b - A(u, k)
+            return u + lam * r + th * (u - previous), u, jnp.where(k == 0, _norm(r), first), _norm(r)
+
+        zero = jnp.zeros((), b.dtype)
+        (u, _, first, last), fine = _scan(step, (u, u, zero, zero), jnp.arange(steps, dtype=jnp.int32))
+        residual = last if fresh else _norm(b - A(u))
+        most = growth * first + (1.0 if fresh else eps**0.5) * _norm(b)
+        return u, Stats(_verdict(jnp.fmax(last, residual), most, fine), residual, jnp.int32(steps if fresh else steps + 1))
+
+    return _solver(iterate, steps if fresh else steps + 1, symmetric=symmetric, draws=steps if fresh else 0)
+
+
+def _scan(step: Callable[[Any, Any], Any], state: Any, xs: Any) -> tuple[Any, Array]:
+    """``step(state, x) -> state`` along ``xs``, as long as it is finite: the last finite state, and whether all were."""
+
+    def body(carry: tuple, x: Any) -> tuple[tuple, None]:
+        state, fine = carry
+        new = step(state, x)
         fine &= all_finite(new)
-        return (*_where(fine, (new, u, _norm(r)), carry[:3]), fine), _norm(r)
+        return (_where(fine, new, state), fine), None
 
-    start = (u, u, jnp.zeros((), b.dtype), jnp.array(True))
-    (u, _, last, fine), residuals = lax.scan(body, start, jnp.arange(steps, dtype=jnp.int32))
-    return u, residuals[0], last, fine
+    return lax.scan(body, (state, jnp.array(True)), xs)[0]
 
 
-def _verdict(grown: Array, fine: Array) -> Array:
+def _verdict(size: Array, most: Array, fine: Array) -> Array:
     """Of a method without a tolerance."""
-    return _first((grown, Result.DIVERGED), (~fine, Result.NONFINITE), default=jnp.int32(Result.SUCCESSFUL))
+    return _first((size > most, Result.DIVERGED), (~fine, Result.NONFINITE))
 
 
-def _first(*cases: tuple[Array, Any], default: Array) -> Array:
+def _first(*cases: tuple[Array, Any], default: Any = Result.SUCCESSFUL) -> Array:
     """The code of the first case that holds."""
-    for condition, code in reversed(cases):
-        default = jnp.where(condition, jnp.asarray(code, jnp.int32), default)
-    return default
+    code = jnp.asarray(default, jnp.int32)
+    for condition, case in reversed(cases):
+        code = jnp.where(condition, jnp.asarray(case, jnp.int32), code)
+    return code
 
 
 def _dot(a: Array, b: Array) -> Array:
@@ -751,13 +633,13 @@ def _still(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
 
 
-def _numbers(zero: bool = False, **values: Any) -> None:
-    """Raise unless every value is a positive finite number (or 0, if ``zero``); arrays, which may be traced, pass."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
-            raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a number")
-        if isinstance(value, int | float | np.number) and not (0 < value < np.inf or (zero and value == 0)):
-            raise ValueError(f"{name}: got {value}, expected a finite number {'of at least' if zero else 'above'} 0")
+def _number(name: str, value: Any, zero: bool = False) -> Any:
+    """A positive finite number (or 0, if ``zero``), else an error; arrays, which may be traced, pass."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a number")
+    if isinstance(value, int | float | np.number) and not (0 < value < np.inf or (zero and value == 0)):
+        raise ValueError(f"{name}: got {value}, expected a finite number {'of at least' if zero else 'above'} 0")
+    return _still(value)
 
 
 def _lineax(why: str) -> Any:
