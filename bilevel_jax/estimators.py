@@ -26,7 +26,7 @@ def total(terms: Terms) -> Vars:
     return Vars(*(add(*parts) for parts in zip(*terms, strict=True)))
 
 
-def _wide(tree: PyTree) -> PyTree:
+def widen(tree: PyTree) -> PyTree:
     """At least float32: a running mean or a sum of differences in bfloat16 drifts by tens of per cent.
 
     The rounding to the narrow dtype is spelled out, because XLA may skip it inside a fusion; a mean would then follow other
@@ -40,7 +40,7 @@ def _wide(tree: PyTree) -> PyTree:
     return jax.tree.map(leaf, tree)
 
 
-def _like(tree: PyTree, like: PyTree) -> PyTree:
+def narrow(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, like)
 
 
@@ -98,13 +98,13 @@ def ema(theta: Schedule) -> Estimator:
     checks.unit_interval("theta", theta)
 
     def init(oracle: Any, vars: Vars, batch: Batch) -> EmaState:
-        return EmaState(_wide(total(_zeros(oracle, vars, batch))))
+        return EmaState(widen(total(_zeros(oracle, vars, batch))))
 
     def update(oracle: Any, vars: Vars, batch: Batch, count: Array, state: EmaState) -> tuple[Vars, EmaState]:
         weight = jnp.where(count == 0, 1.0, _at(theta, count))
         new = total(oracle(vars, batch))
-        mean = _mix(weight, _wide(new), state.mean)
-        return _like(mean, new), EmaState(mean)
+        mean = _mix(weight, widen(new), state.mean)
+        return narrow(mean, new), EmaState(mean)
 
     return Estimator(init, update)
 
@@ -163,7 +163,7 @@ def saga() -> Estimator:
 
         table = Table(Terms(*map(rows, zeros, found)))
         fresh = jax.tree.map(jnp.zeros_like, zeros)
-        return SagaState(table, _wide(zeros), fresh, tuple(jnp.zeros((), jnp.int32) for _ in found))
+        return SagaState(table, widen(zeros), fresh, tuple(jnp.zeros((), jnp.int32) for _ in found))
 
     def update(oracle: Any, vars: Vars, batch: Batch, count: Array, state: SagaState) -> tuple[Vars, SagaState]:
         del count
@@ -181,8 +181,8 @@ def saga() -> Estimator:
             if held != {slot.count}:
                 raise ValueError(f"batch.slot: got slots of {slot.count} blocks, expected {held.pop()}, the rows of the table")
             old = jax.tree.map(lambda t, i=slot.index: lax.dynamic_index_in_dim(t, i, 0, keepdims=False), tab)
-            change = jax.tree.map(jnp.subtract, _wide(part), _wide(old))
-            parts.append(_like(jax.tree.map(jnp.add, change, mean), part))
+            change = jax.tree.map(jnp.subtract, widen(part), widen(old))
+            parts.append(narrow(jax.tree.map(jnp.add, change, mean), part))
             means.append(jax.tree.map(lambda m, c, n=slot.count: m + c / n, mean, change))
             indices.append(slot.index)
         return total(unpack(Terms(*parts))), SagaState(Table(Terms(*table)), Terms(*means), new, tuple(indices))
@@ -236,14 +236,14 @@ def _recursive(estimate: Any, draw_calls: float, full_calls: float, *, needs_mea
     """SARAH, PAGE and STORM share a state: the last estimate, and the point where it was taken."""
 
     def init(oracle: Any, vars: Vars, batch: Batch) -> RecursiveState:
-        return RecursiveState(_wide(total(_zeros(oracle, vars, batch))), jax.tree.map(jnp.copy, vars))
+        return RecursiveState(widen(total(_zeros(oracle, vars, batch))), jax.tree.map(jnp.copy, vars))
 
     def update(oracle: Any, vars: Vars, batch: Batch, count: Array, state: RecursiveState) -> tuple[Vars, RecursiveState]:
         def widened(vars: Vars, batch: Batch) -> Terms:
-            return _wide(oracle(vars, batch))
+            return widen(oracle(vars, batch))
 
         direction = estimate(widened, vars, batch, count, state)
-        narrow = Vars(*(None if d is None else _like(d, v) for d, v in zip(direction, vars, strict=True)))
+        narrow = Vars(*(None if d is None else narrow(d, v) for d, v in zip(direction, vars, strict=True)))
         return narrow, RecursiveState(direction, vars)
 
     return Estimator(init, update, draw_calls, full_calls, needs_means)

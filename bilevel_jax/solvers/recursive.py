@@ -14,7 +14,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel_jax import checks
-from bilevel_jax.estimators import storm, total
+from bilevel_jax.estimators import narrow, storm, total, widen
 from bilevel_jax.linear_solve import neumann, random_neumann
 from bilevel_jax.oracles import aid, aid_terms, losses, take_draw
 from bilevel_jax.results import Status, Tally
@@ -86,7 +86,7 @@ def sustain(
 
 
 class VrboState(NamedTuple):
-    direction: Vars  # running estimates of d_z g and of the hypergradient, aux None
+    direction: Vars  # running estimates of d_z g and of the hypergradient, aux None; float32 at least
     opts: Vars  # optax states of z and x
     status: Status  # the worst code of the linear solver
 
@@ -127,7 +127,7 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
 
     def at(z: PyTree, x: PyTree, draw: Callable[[Any], Batch]) -> tuple[Vars, Array]:
         parts, code = terms_at(Vars(z, None, x), draw)
-        return total(parts), code
+        return widen(total(parts)), code  # sums of differences: see `bilevel_jax.estimators.widen`
 
     def init(vars: Vars, batches: Batch) -> VrboState:
         if batches.full is None:
@@ -144,7 +144,7 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
         held, code = lax.cond(
             step % period == 0, lambda: at(z, x, lambda k: everything), lambda: (state.direction, state.status.code)
         )
-        new_x, outer = _apply(opts.outer, held.outer, state.opts.outer, x)
+        new_x, outer = _apply(opts.outer, narrow(held.outer, x), state.opts.outer, x)
         split = jax.tree.map(lambda leaf: leaf.reshape(inner_steps, width, *leaf.shape[1:]), batches._replace(full=None))
 
         def inner(carry: tuple, draws: Batch) -> tuple[tuple, None]:
@@ -152,7 +152,7 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
             new, new_code = at(z, new_x, lambda k: take_draw(draws, k))
             old, old_code = at(old_z, old_x, lambda k: take_draw(draws, k))
             held = jax.tree.map(lambda d, n, o: d + (n - o), held, new, old)
-            moved, opt = _apply(opts.inner, held.inner, opt, z)
+            moved, opt = _apply(opts.inner, narrow(held.inner, z), opt, z)
             return (moved, z, new_x, held, opt, jnp.stack([code, new_code, old_code]).max()), None
 
         carry = (z, z, x, held, state.opts.inner, jnp.maximum(code, state.status.code))
