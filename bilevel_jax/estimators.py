@@ -243,8 +243,8 @@ def _recursive(estimate: Any, draw_calls: float, full_calls: float, *, needs_mea
             return widen(oracle(vars, batch))
 
         direction = estimate(widened, vars, batch, count, state)
-        narrow = Vars(*(None if d is None else narrow(d, v) for d, v in zip(direction, vars, strict=True)))
-        return narrow, RecursiveState(direction, vars)
+        way = Vars(*(None if d is None else narrow(d, v) for d, v in zip(direction, vars, strict=True)))
+        return way, RecursiveState(direction, vars)
 
     return Estimator(init, update, draw_calls, full_calls, needs_means)
 
