@@ -2,7 +2,8 @@
 
 `hypergradient` evaluates ``grad h(x)``, ``h(x) = f(z*(x), x)``, at given z and x by one of the methods of this module, and
 says how far it can be trusted: the residuals of both levels and a result code.  `implicit_root` and `implicit_fixed_point`
-give a black-box inner solver the derivatives of its solution.
+give a black-box inner solver the derivatives of its solution; `root_jvp` and `root_vjp` are those derivatives as functions,
+with the same account of their trust.
 """
 
 import functools
@@ -15,8 +16,8 @@ import numpy as np
 import optax
 from jax import lax
 
-from bilevel_jax import checks
-from bilevel_jax.linear_solve import LinearSolver, auto
+from bilevel_jax import checks, linear_solve
+from bilevel_jax.linear_solve import LinearSolver
 from bilevel_jax.oracles import mean_loss
 from bilevel_jax.results import Result, all_finite
 from bilevel_jax.types import Array, Batch, Levels, Problem, PyTree
@@ -108,9 +109,7 @@ def implicit(solver: LinearSolver | None = None, *, tolerance: float | None = No
     2010.07962, equations (2)-(3); Pedregosa, "Hyperparameter optimization with approximate gradient", 2016, arXiv
     1602.02355.  The sign of v is the opposite of theirs.
     """
-    solver = auto() if solver is None else solver
-    if solver.draws:
-        raise ValueError("solver: got one that wants a sample an application, expected one made with fresh=False")
+    solver = _usable(solver, True)
 
     def method(losses: Losses, z: PyTree, x: PyTree, guess: PyTree, key: Any) -> tuple[Array, PyTree, Stats]:
         value, (fz, fx) = jax.value_and_grad(losses.f, argnums=(0, 1))(z, x)
@@ -118,11 +117,7 @@ def implicit(solver: LinearSolver | None = None, *, tolerance: float | None = No
         v, linear = solver.solve(hessian, jax.tree.map(jnp.negative, fz), guess, key)
         _, pull = jax.vjp(lambda x: jax.grad(losses.g)(z, x), x)
         gradient = jax.tree.map(jnp.add, fx, pull(v)[0])
-        code = linear.code
-        if tolerance is not None:
-            code = jnp.maximum(code, jnp.where(norm(slope) > tolerance, Result.INNER_NOT_CONVERGED, 0).astype(code.dtype))
-        stats = Stats(_checked(code, gradient), norm(slope), linear.residual, linear.steps, z, v)
-        return value, gradient, stats
+        return value, gradient, _stats(slope, tolerance, linear, z, v, (value, gradient))
 
     return method
 
@@ -204,9 +199,7 @@ class Jacobian(NamedTuple):
     directions: int | None = None  # number of further paths that an estimate follows; None for the exact Jacobian
 
 
-def path(
-    opt: optax.GradientTransformation, steps: int, *, truncate: int | None = None, checkpoint: str = "sqrt"
-) -> Follow:
+def path(opt: optax.GradientTransformation, steps: int, *, truncate: int | None = None, checkpoint: str = "sqrt") -> Follow:
     """``steps`` steps of an optimiser, differentiable in x over the last ``truncate``; arguments as for `iterative`."""
     steps = checks.positive_int("steps", steps)
     kept = steps if truncate is None else checks.positive_int("truncate", truncate, least=0)
@@ -275,7 +268,9 @@ def gaussian(directions: int, radius: float) -> Jacobian:
         us, changes = jax.vmap(along)(jax.random.split(key, directions))
 
         def pull(dz: PyTree) -> PyTree:
-            weights = sum(jax.tree.leaves(jax.tree.map(lambda c, d: jnp.tensordot(c, d, d.ndim), changes, dz)))
+            weights = functools.reduce(
+                jnp.add, jax.tree.leaves(jax.tree.map(lambda c, d: jnp.tensordot(c, d, d.ndim), changes, dz))
+            )
             return jax.tree.map(lambda u: jnp.tensordot(weights.astype(u.dtype), u, 1) / directions, us)
 
         return z, pull
@@ -302,13 +297,11 @@ def t1_t2(scale: float = 1.0) -> Method:
     hyperparameters", ICML 2016, arXiv 1511.06727.
     """
 
-    def solve(matvec: Any, rhs: PyTree, guess: PyTree = None, key: Any = None) -> Any:
-        from bilevel_jax.linear_solve import Stats as Linear
-
+    def solve(matvec: Any, rhs: PyTree, guess: PyTree = None, key: Any = None) -> tuple[PyTree, linear_solve.Stats]:
         del guess, key
-        v = jax.tree.map(lambda b: scale * b, rhs)
+        v = jax.tree.map(lambda b: jnp.asarray(scale, b.dtype) * b, rhs)
         residual = norm(jax.tree.map(jnp.subtract, matvec(v), rhs))
-        return v, Linear(jnp.zeros((), jnp.int32), residual, jnp.ones((), jnp.int32))
+        return v, linear_solve.Stats(jnp.zeros((), jnp.int32), residual, jnp.ones((), jnp.int32))
 
     return implicit(LinearSolver(solve, 1.0))
 
@@ -343,22 +336,27 @@ def implicit_root(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: derivatives for ``solve(init, *params)`` whose solution satisfies ``optimality(solution, *params) = 0``.
 
-    The inner solver may be anything: an optax loop, L-BFGS, optimistix, a ``pure_callback`` to another library; it is
-    never differentiated.  With ``A = d optimality / d solution`` the derivative along ``dparams`` solves
+    The inner solver may be anything: an optax loop, L-BFGS, optimistix, a ``pure_callback`` to another library, plain Python
+    outside of jit; it is never differentiated.  With ``A = d optimality / d solution`` the derivative along ``dparams`` solves
     ``A dz = -(d optimality / d params) dparams``.  Forward and reverse mode, `jax.hessian`, jit, vmap and nesting work.
 
+    A derivative cannot return a code.  Where the linear system fails (any code but SUCCESSFUL, MAX_STEPS_REACHED and
+    STAGNATION), all of it is NaN, never a number to be believed; `root_vjp` tells why, and how far the optimality holds.
+
     Args:
-        optimality: ``(solution, *params) -> pytree`` like the solution, such as ``jax.grad(loss)``.
-        solver: for systems with A (and its transpose); `bilevel_jax.linear_solve.auto` by default.
-        positive_definite: whether A is symmetric positive definite, as for the gradient of a strongly convex loss.  Only
-            used to choose the default solver.
-        has_aux: whether ``solve`` returns ``(solution, aux)``; aux gets no derivative.
+        optimality: ``(solution, *params) -> pytree`` like the solution, such as ``jax.grad(loss)``.  It is compiled once for
+            the parameters' shapes: whatever may change, and whatever is differentiated, must be a parameter.
+        solver: for systems with A and its transpose; `bilevel_jax.linear_solve.auto` by default.
+        positive_definite: whether A is symmetric positive definite, as for the gradient of a strongly convex loss.
+        has_aux: whether ``solve`` (not ``optimality``) returns ``(solution, aux)``; aux gets no derivative.
 
     Returns:
-        A decorator.  ``init`` gets no derivative: the solution does not depend on it.
+        A decorator.  ``init`` gets no derivative: the solution does not depend on it.  Of the parameters, those that are not
+        floating-point have none.
 
     Raises:
-        ValueError: (when differentiated) if ``optimality`` returns another structure than the solution's.
+        ValueError: for a solver that wants samples; (when differentiated) if ``optimality`` returns another structure than the
+            solution's.
 
     Reference: Blondel, Berthet, Cuturi, Frostig, Hoyer, Llinares-López, Pedregosa, Vert, "Efficient and modular implicit
     differentiation", NeurIPS 2022, arXiv 2105.15183.
@@ -370,7 +368,17 @@ def implicit_root(
         >>> float(jax.grad(cube, argnums=1)(jnp.ones(()), jnp.asarray(2.0)))  # 1 / (3 z^2 + 1) at z = 1
         0.25
     """
-    solver = auto(positive_definite=positive_definite) if solver is None else solver
+    solver = _usable(solver, positive_definite)
+
+    def careful(matvec: Any, rhs: PyTree) -> PyTree:
+        dz, stats = solver.solve(matvec, rhs)
+        return jax.tree.map(lambda d: jnp.where(stats.code <= Result.STAGNATION, d, jnp.full_like(d, jnp.nan)), dz)
+
+    @jax.jit  # or gradients outside of jit would compile their loops again and again, and seconds become milliseconds
+    def tangent(solution: PyTree, params: tuple, moving: tuple) -> PyTree:
+        dparams = jax.tree.map(lambda p, d: _no_tangent(p) if d is None else d, params, moving)
+        _, jacobian, rhs = _linear_system(optimality, solution, params, dparams)
+        return lax.custom_linear_solve(jacobian, rhs, careful, careful, positive_definite)
 
     def decorate(solve: Callable[..., Any]) -> Callable[..., Any]:
         @jax.custom_jvp
@@ -382,10 +390,7 @@ def implicit_root(
         def derivative(primals: tuple, tangents: tuple) -> tuple:
             (init, params), (_, dparams) = primals, tangents
             solution, aux = root(init, params)
-            value, moved = jax.jvp(lambda p: optimality(solution, *p), (params,), (dparams,))
-            checks.same_shapes("optimality", value, solution, "the solution")
-            _, jacobian = jax.linearize(lambda z: optimality(z, *params), solution)
-            dz, _ = solver.solve(jacobian, jax.tree.map(jnp.negative, moved))
+            dz = tangent(solution, params, jax.tree.map(_number, dparams))
             return (solution, aux), (dz, jax.tree.map(_no_tangent, aux))
 
         @functools.wraps(solve)
@@ -421,14 +426,115 @@ def implicit_fixed_point(
     """
 
     def residual(z: PyTree, *params: Any) -> PyTree:
-        return jax.tree.map(jnp.subtract, z, fixed_point(z, *params))
+        image = fixed_point(z, *params)
+        checks.same_shapes("fixed_point", image, z, "the solution")
+        return jax.tree.map(jnp.subtract, z, image)
 
     return implicit_root(residual, solver=solver, positive_definite=positive_definite, has_aux=has_aux)
 
 
+def root_jvp(
+    optimality: Callable[..., PyTree],
+    solution: PyTree,
+    params: tuple,
+    tangents: tuple,
+    *,
+    solver: LinearSolver | None = None,
+    positive_definite: bool = False,
+    tolerance: float | None = None,
+) -> tuple[PyTree, Stats]:
+    """The derivative of a root along ``tangents`` of its parameters: ``A dz = -(d optimality / d params) tangents``.
+
+    Args:
+        optimality, solver, positive_definite: as for `implicit_root`.
+        solution: z with ``optimality(z, *params) = 0``.
+        params, tangents: tuples.
+        tolerance: if given, ``|optimality|`` above it is reported as INNER_NOT_CONVERGED.
+
+    Returns:
+        ``(dz, stats)``: the code is the linear solver's, ``inner_residual`` is ``|optimality|``, ``aux`` is None.
+
+    Example:
+        >>> dz, stats = root_jvp(lambda z, t: z**3 + z - t, jnp.ones(()), (jnp.asarray(2.0),), (jnp.asarray(1.0),))
+        >>> float(dz), Result(int(stats.code)).name
+        (0.25, 'SUCCESSFUL')
+    """
+    value, jacobian, rhs = _linear_system(optimality, solution, params, tangents)
+    dz, linear = _usable(solver, positive_definite).solve(jacobian, rhs)
+    return dz, _stats(value, tolerance, linear, solution, None, dz)
+
+
+def root_vjp(
+    optimality: Callable[..., PyTree],
+    solution: PyTree,
+    params: tuple,
+    cotangent: PyTree,
+    *,
+    solver: LinearSolver | None = None,
+    positive_definite: bool = False,
+    tolerance: float | None = None,
+) -> tuple[tuple, Stats]:
+    """Pull a cotangent of a root back to its parameters: ``A' v = -cotangent``, then ``(d optimality / d params)' v``.
+
+    This is what reverse mode does through `implicit_root`, which can report nothing: call it at a solution to see the code
+    and the residuals of both systems.
+
+    Args:
+        optimality, solver, positive_definite: as for `implicit_root`.
+        solution: z with ``optimality(z, *params) = 0``.
+        params: tuple.
+        cotangent: like the solution: the gradient at it of what is differentiated.
+        tolerance: if given, ``|optimality|`` above it is reported as INNER_NOT_CONVERGED.
+
+    Returns:
+        ``(gradients, stats)``: a tuple like ``params``; the code is the linear solver's, ``inner_residual`` is
+        ``|optimality|``, ``aux`` is v.
+
+    Example:
+        >>> (slope,), stats = root_vjp(lambda z, t: z**2 - t, jnp.asarray(-2.0), (jnp.asarray(4.0),), jnp.ones(()))
+        >>> float(slope), float(stats.inner_residual)
+        (-0.25, 0.0)
+    """
+    value, pull = jax.vjp(lambda z: optimality(z, *params), solution)
+    checks.same_shapes("optimality", value, solution, "the solution")
+    checks.same_shapes("cotangent", cotangent, solution, "the solution")
+    rhs = jax.tree.map(jnp.negative, cotangent)
+    v, linear = _usable(solver, positive_definite).solve(lambda u: pull(u)[0], rhs)
+    _, pull = jax.vjp(lambda p: optimality(solution, *p), params)
+    gradients = pull(v)[0]
+    return gradients, _stats(value, tolerance, linear, solution, v, (v, jax.tree.map(_number, gradients)))
+
+
 def norm(tree: PyTree) -> Array:
-    """The Euclidean norm of all the numbers in a pytree."""
-    return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree)))
+    """The Euclidean norm of all the numbers in a pytree, in float32 at least."""
+    leaves = jax.tree.leaves(tree)
+    wide = max((jnp.dtype(jnp.float32), *(leaf.dtype for leaf in leaves)), key=lambda dtype: jnp.finfo(dtype).bits)
+    return jnp.sqrt(sum(jnp.vdot(leaf.astype(wide), leaf.astype(wide)) for leaf in leaves))
+
+
+def _linear_system(optimality: Any, solution: PyTree, params: tuple, dparams: tuple) -> tuple[PyTree, Any, PyTree]:
+    """The optimality, its Jacobian as a function, and the right-hand side of the derivative along ``dparams``."""
+    value, moved = jax.jvp(lambda p: optimality(solution, *p), (params,), (dparams,))
+    checks.same_shapes("optimality", value, solution, "the solution")
+    _, jacobian = jax.linearize(lambda z: optimality(z, *params), solution)
+    return value, jacobian, jax.tree.map(jnp.negative, moved)
+
+
+def _usable(solver: LinearSolver | None, positive_definite: bool) -> LinearSolver:
+    solver = linear_solve.auto(positive_definite=positive_definite) if solver is None else solver
+    if not isinstance(solver, LinearSolver):
+        raise TypeError(f"solver: got {type(solver).__name__}, expected a LinearSolver")
+    if solver.draws:
+        raise ValueError("solver: got one that wants a sample an application, expected one made with fresh=False")
+    return solver
+
+
+def _stats(slope: PyTree, tolerance: float | None, linear: linear_solve.Stats, z: PyTree, v: PyTree, result: PyTree) -> Stats:
+    residual, code = norm(slope), linear.code
+    if tolerance is not None:
+        far = ~(residual <= tolerance)
+        code = jnp.where(far, jnp.maximum(code, jnp.int32(Result.INNER_NOT_CONVERGED)), code)
+    return Stats(_checked(code, (slope, result)), residual, linear.residual, linear.steps, z, v)
 
 
 def _checked(code: Array, tree: PyTree) -> Array:
@@ -439,3 +545,8 @@ def _no_tangent(leaf: Any) -> Any:
     if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
         return jnp.zeros_like(leaf)
     return np.zeros(np.shape(leaf), jax.dtypes.float0)
+
+
+def _number(leaf: Any) -> Any:
+    """A tangent, or None for that of a parameter that has none (float0, which cannot go through jit)."""
+    return None if leaf.dtype == jax.dtypes.float0 else leaf

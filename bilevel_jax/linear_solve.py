@@ -432,9 +432,9 @@ def from_lineax(solver: Any, *, positive_definite: bool = False, damping: Any = 
 
     Returns:
         A solver.  Codes: SUCCESSFUL, MAX_STEPS_REACHED, STAGNATION, BREAKDOWN as lineax says; SINGULAR for its other failures,
-        where there is no finite solution (the guess or 0 is returned), or where a success leaves a residual far above the
-        tolerance; NEGATIVE_CURVATURE if A, said to be positive definite, is not so along u or b (along other directions it
-        goes unseen: use `cg`); NONFINITE if A gives NaN.  ``steps`` is what lineax counts.
+        where there is no finite solution (the guess or 0 is returned), or where a success or stagnation leaves a residual far
+        above the tolerance; NEGATIVE_CURVATURE if A, said to be positive definite, is not so along u or b (along other
+        directions it goes unseen: use `cg`); NONFINITE if A gives NaN.  ``steps`` is what lineax counts.
 
     Raises:
         ImportError: if lineax is not installed.
@@ -453,7 +453,7 @@ def from_lineax(solver: Any, *, positive_definite: bool = False, damping: Any = 
     lx = _lineax("from_lineax")
     if not isinstance(solver, lx.AbstractLinearSolver):
         raise TypeError(f"solver: got {type(solver).__name__}, expected a solver of lineax")
-    solver, shared = _still(solver), (Result.MAX_STEPS_REACHED, Result.STAGNATION, Result.BREAKDOWN)
+    solver = _still(solver)
 
     def iterate(A: Any, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del key
@@ -471,8 +471,11 @@ def from_lineax(solver: Any, *, positive_definite: bool = False, damping: Any = 
             (~all_finite((Au, Ab)), Result.NONFINITE),
             (_norm(b) == 0, Result.SUCCESSFUL),
             (curved & positive_definite, Result.NEGATIVE_CURVATURE),
-            *((found.result == getattr(lx.RESULTS, r.name.lower()), r) for r in shared),
-            (~(fine & (residual <= most) & (found.result == lx.RESULTS.successful)), Result.SINGULAR),
+            (found.result == lx.RESULTS.max_steps_reached, Result.MAX_STEPS_REACHED),
+            (found.result == lx.RESULTS.breakdown, Result.BREAKDOWN),
+            (~(fine & (residual <= most)), Result.SINGULAR),
+            (found.result == lx.RESULTS.stagnation, Result.STAGNATION),
+            (found.result != lx.RESULTS.successful, Result.SINGULAR),
         )
         return u, Stats(code, residual, jnp.asarray(found.stats.get("num_steps", b.size), jnp.int32) + 2)
 
@@ -528,18 +531,6 @@ def _solver(
             return narrow(u), stats
         A, consts = jax.closure_convert(apply, b)  # one trace of matvec; all that may have a derivative becomes an argument
 
-        def from_zero(b: Array, consts: Any) -> tuple[Array, Stats]:
-            """Linear in b to the transformations of jax, whatever the solver does."""
-
-            def inverse(A: Any, b: Array) -> tuple[Array, Stats]:
-                return checked(lambda u, k=None: A(u), b, None)
-
-            return lax.custom_linear_solve(lambda u: A(u, *consts), b, inverse, inverse, bool(symmetric), has_aux=True)
-
-        if guess is None:
-            u, stats = from_zero(b, consts)
-            return narrow(u), stats
-
         @jax.custom_jvp
         def solution(u: Array, b: Array, consts: Any) -> Array:
             """u, with the derivatives of ``A^-1 b``: their systems must not start at the guess."""
@@ -548,9 +539,13 @@ def _solver(
 
         @solution.defjvp
         def _(primals: tuple, tangents: tuple) -> tuple:
-            u = solution(*primals)
+            u, consts = solution(*primals), primals[2]
             _, change = jax.jvp(lambda b, consts: b - A(u, *consts), primals[1:], tangents[1:])
-            return u, from_zero(change, primals[2])[0]
+
+            def inverse(A: Any, b: Array) -> Array:
+                return checked(lambda u, k=None: A(u), b, None)[0]
+
+            return u, lax.custom_linear_solve(lambda u: A(u, *consts), change, inverse, inverse, bool(symmetric))
 
         still = lax.stop_gradient(consts)
         u, stats = checked(lambda u, k=None: A(u, *still), *lax.stop_gradient((b, guess)))

@@ -76,8 +76,10 @@ def resume(
     steps, every = _counts(steps, every)
     data = sampler.whole(data)
 
+    gather = sampler.lazily if solver.lazy and solver.draws > 1 else sampler.stack
+
     def one(state: BilevelState, plan: Plan) -> tuple[BilevelState, None]:
-        return solver.update(state, sampler.stack(data, plan)), None
+        return solver.update(state, gather(data, plan)), None  # type: ignore[arg-type]
 
     def chunk(carry: Carry, _: None) -> tuple[Carry, History]:
         plan = sampler.plan(data, carry.key, carry.state.step * solver.draws, every * solver.draws)

@@ -10,6 +10,7 @@ import numpy as np
 
 from bilevel_jax import checks
 from bilevel_jax.linear_solve import LinearSolver
+from bilevel_jax.samplers import take_draw
 from bilevel_jax.types import Array, Batch, Calls, Levels, Loss, Oracle, Problem, PyTree, Terms, Vars
 
 
@@ -116,11 +117,6 @@ def implicit(problem: Problem, *, mode: str = "reverse") -> Oracle:
         )
 
     return Oracle(terms, calls)
-
-
-def take_draw(batches: Batch, index: Any) -> Batch:
-    """One draw of stacked ``batches``; ``full`` is not stacked, and stays."""
-    return jax.tree.map(lambda leaf: leaf[index], batches._replace(full=None))._replace(full=batches.full)
 
 
 class Losses(NamedTuple):

@@ -158,7 +158,7 @@ def guard(solver: Solver) -> Solver:
         code = jnp.where(accept, Result.SUCCESSFUL, Result.NONFINITE).astype(jnp.int32)
         return BilevelState(new.step, kept.vars, (kept.stages, Status(code)))
 
-    return Solver(init, update, solver.draws, solver.cost)
+    return solver._replace(init=init, update=update)
 
 
 def keep(accept: Array, new: PyTree, old: PyTree) -> PyTree:

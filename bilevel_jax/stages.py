@@ -16,8 +16,9 @@ from jax import lax
 from bilevel_jax import checks
 from bilevel_jax.hypergrad import Jacobian, norm, path, reverse
 from bilevel_jax.linear_solve import LinearSolver
-from bilevel_jax.oracles import depends, losses, system, take_draw
+from bilevel_jax.oracles import depends, losses, system
 from bilevel_jax.results import Result, Status, Tally, all_finite
+from bilevel_jax.samplers import take_draw
 from bilevel_jax.types import Array, Batch, Calls, Cost, Problem, PyTree, Schedule, Stage, Vars
 
 
@@ -55,7 +56,7 @@ def assign(function: Callable[[Vars], Vars]) -> Stage:
         >>> cold.draws
         0
     """
-    return Stage(lambda vars, batches: (), lambda state, vars, batches, step: (function(vars), state), 0, Cost())
+    return Stage(lambda vars, batches: (), lambda state, vars, batches, step: (function(vars), state), 0, Cost(), lazy=True)
 
 
 def solve_inner(
@@ -135,7 +136,7 @@ def solve_inner(
         return vars._replace(inner=z), _went(state, code, residual, inner_gradient=spent)
 
     calls = Calls(inner_gradient=math.inf if callable(max_steps) else float(max_steps) + (tolerance is not None))
-    return Stage(init, update, 1, Cost(draw=calls))
+    return Stage(init, update, 1, Cost(draw=calls), lazy=True)
 
 
 def solve_aux(problem: Problem, solver: LinearSolver | Callable[[Array], LinearSolver], *, warm: bool = True) -> Stage:
@@ -163,7 +164,8 @@ def solve_aux(problem: Problem, solver: LinearSolver | Callable[[Array], LinearS
     """
     losses(problem)
     make = solver if callable(solver) else lambda step: solver
-    declared = make(jnp.zeros((), jnp.int32))
+    with jax.numpy_dtype_promotion("standard"):  # schedules are users' code
+        declared = make(jnp.zeros((), jnp.int32))
     if not isinstance(declared, LinearSolver):
         raise TypeError(f"solver: got {type(declared).__name__}, expected a solver of bilevel_jax.linear_solve")
 
@@ -176,16 +178,15 @@ def solve_aux(problem: Problem, solver: LinearSolver | Callable[[Array], LinearS
 
     def update(state: SolveState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, SolveState]:
         z, v, x = vars
-        with jax.numpy_dtype_promotion("standard"):  # schedules are users' code
+        with jax.numpy_dtype_promotion("standard"):
             current = make(step)
         matvec, rhs, _ = system(problem, current, z, x, lambda k: take_draw(batches, k))
-        key = None if batches.key is None else batches.key[0]
-        v, stats = current.solve(matvec, rhs, v if warm else None, key)
+        v, stats = current.solve(matvec, rhs, v if warm else None, take_draw(batches, 0).key)
         return vars._replace(aux=v), _went(state, stats.code, stats.residual, hessian_vector=stats.steps)
 
     bounded = math.isfinite(declared.applications)
     calls = Calls(hessian_vector=declared.applications if bounded else math.inf, outer_gradient=1.0)
-    return Stage(init, update, declared.draws + 1, Cost(draw=calls))
+    return Stage(init, update, declared.draws + 1, Cost(draw=calls), lazy=True)
 
 
 class UnrollState(NamedTuple):
@@ -249,12 +250,11 @@ def unroll(
     def update(state: UnrollState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, UnrollState]:
         del step
         z, _, x = vars
-        key = None if batches.key is None else batches.key[0]
 
         def gradient(z: PyTree, x: PyTree, k: Array) -> PyTree:
             return jax.grad(g)(z, x, take_draw(batches, k if fresh else 0))
 
-        end, pull = jacobian.at(lambda x: follow(gradient, z, x), x, key)
+        end, pull = jacobian.at(lambda x: follow(gradient, z, x), x, take_draw(batches, 0).key)
         fz, fx = jax.grad(f, argnums=(0, 1))(end, x, take_draw(batches, steps if fresh else 0))
         direction = jax.tree.map(jnp.add, fx, pull(fz))
         with jax.numpy_dtype_promotion("standard"):
@@ -263,7 +263,7 @@ def unroll(
 
     second = float(kept) if jacobian.directions is None else 0.0
     calls = Calls(float(steps * (1 + (jacobian.directions or 0))), second, second, 1.0)
-    return Stage(init, update, steps + 1 if fresh else 1, Cost(draw=calls))
+    return Stage(init, update, steps + 1 if fresh else 1, Cost(draw=calls), lazy=True)
 
 
 def _at(schedule: Schedule, step: Array) -> Any:

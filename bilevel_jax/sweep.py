@@ -13,8 +13,8 @@ from jax import lax
 
 from bilevel_jax import checks
 from bilevel_jax.estimators import plain
-from bilevel_jax.oracles import take_draw
 from bilevel_jax.results import Status, all_finite, keep
+from bilevel_jax.samplers import Draws, take_draw, take_window
 from bilevel_jax.types import (
     Array,
     Batch,
@@ -140,14 +140,12 @@ def descend(
 
         if steps == 1:
             return once((vars, state), single(batches), 0)
-        split = jax.tree.map(lambda leaf: leaf.reshape(-1, width, *leaf.shape[1:]), batches._replace(full=None))
-        held, first = (split, None) if fresh else (None, single(batches))
+        first = None if fresh else single(batches)
 
-        def body(carry: Any, x: Any) -> tuple[Any, None]:
-            k, draw = x
-            return once(carry, single(draw._replace(full=batches.full)) if first is None else first, k), None
+        def body(carry: Any, k: Array) -> tuple[Any, None]:
+            return once(carry, single(take_window(batches, k * width, width)) if first is None else first, k), None
 
-        carry, _ = lax.scan(body, (vars, state), (jnp.arange(steps, dtype=jnp.int32), held))
+        carry, _ = lax.scan(body, (vars, state), jnp.arange(steps, dtype=jnp.int32))
         return carry
 
     calls = oracle.calls(moved)
@@ -155,7 +153,7 @@ def descend(
         draw=Calls(*(steps * estimator.draw_calls * c for c in calls)),
         full=Calls(*(steps * estimator.full_calls * c for c in calls)),
     )
-    return Stage(init, update, width * (steps if fresh else 1), cost)
+    return Stage(init, update, width * (steps if fresh else 1), cost, lazy=True)
 
 
 def sweep(*stages: Stage) -> Solver:
@@ -177,11 +175,12 @@ def sweep(*stages: Stage) -> Solver:
         raise ValueError("stages: got none, expected at least one")
     draws = sum(stage.draws for stage in stages)
 
-    def share(batches: Batch) -> list[Batch]:
+    def share(batches: Batch | Draws) -> list[Any]:
         """Each stage's own draws."""
-        if not isinstance(batches, Batch):
+        if not isinstance(batches, Batch | Draws):
             raise TypeError(f"batches: got {type(batches).__name__}, expected a Batch")
-        checks.leading_axis("batches", batches._replace(full=None), draws, "the number of draws of the solver")
+        stacked = batches.plan if isinstance(batches, Draws) else batches._replace(full=None)
+        checks.leading_axis("batches", stacked, draws, "the number of draws of the solver")
         shares, start = [], 0
         for stage in stages:
             part = slice(start, start + stage.draws)
@@ -215,7 +214,7 @@ def sweep(*stages: Stage) -> Solver:
         return BilevelState(state.step + 1, vars, tuple(states))
 
     cost = Cost(*(Calls(*map(sum, zip(*part, strict=True))) for part in zip(*(s.cost for s in stages), strict=True)))
-    return Solver(init, update, draws, cost)
+    return Solver(init, update, draws, cost, lazy=all(stage.lazy for stage in stages))
 
 
 def per_sweep(schedule: Schedule, steps: int) -> Schedule:

@@ -148,6 +148,7 @@ class Stage(NamedTuple):
     update: Callable[[PyTree, Vars, Batch, Array], tuple[Vars, PyTree]]
     draws: int
     cost: Cost
+    lazy: bool = False  # whether it takes its draws with `bilevel_jax.samplers.take_draw`, so that they need not be stacked
 
 
 class BilevelState(NamedTuple):
@@ -169,3 +170,4 @@ class Solver(NamedTuple):
     update: Callable[[BilevelState, Batch], BilevelState]
     draws: int
     cost: Cost
+    lazy: bool = False  # whether all its stages are

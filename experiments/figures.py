@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import NullFormatter
 
-#: One colour and line style a solver, the same in every figure (colours of Okabe and Ito: told apart by all readers).
+#: One colour and line style a solver, the same in every figure (colours of Okabe and Ito, and of Tol: told apart by all readers).
 STYLES = {
     "soba": ("#0072B2", "-"),
     "ma_soba": ("#56B4E9", "--"),
@@ -19,6 +19,19 @@ STYLES = {
     "spaba": ("#CC79A7", "--"),
     "storm_soba": ("#E69F00", "-."),
     "fsla": ("#000000", ":"),
+    "stocbio": ("#882255", "-"),
+    "aid_cg": ("#332288", "-"),
+    "aid_fp": ("#332288", "--"),
+    "hoag": ("#332288", ":"),
+    "itd_bio": ("#44AA99", "-"),
+    "itd_truncated": ("#44AA99", "--"),
+    "pzobo": ("#44AA99", ":"),
+    "bsa": ("#999933", "-"),
+    "ttsa": ("#999933", "--"),
+    "amigo": ("#AA4499", "-."),
+    "mrbo": ("#117733", "-"),
+    "sustain": ("#117733", "--"),
+    "vrbo": ("#DDCC77", "-"),
 }
 
 
@@ -28,7 +41,7 @@ def comparison(rows: pd.DataFrame, labels: dict[str, str], title: str, path: Pat
     ``log_work`` makes the horizontal axes logarithmic (the start, at 0, is then left out).  Writes ``path`` with the endings
     .png and .pdf.
     """
-    axes_of = {"seconds": "seconds (one run, metrics excluded)", "oracle_calls": "oracle calls (batches)"}
+    axes_of = {"seconds": "seconds (one run, metrics excluded)", "oracle_calls": "oracle calls (on 64 rows)"}
     if log_work:
         rows = rows.query("step > 0")
     figure, axes = plt.subplots(
@@ -49,10 +62,10 @@ def comparison(rows: pd.DataFrame, labels: dict[str, str], title: str, path: Pat
                 legend = f"{solver} ({lost} diverged)" if lost else str(solver)
                 axis.plot(x, middle, style, color=color, label=legend, linewidth=1.8)
                 axis.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-            if metric.endswith(("suboptimality", "norm", "error")):
+            if metric.endswith(("suboptimality", "norm", "error", "loss")):
                 axis.set_yscale("log")
                 axis.yaxis.set_major_formatter("{x:.3g}")
-                axis.yaxis.set_minor_formatter("{x:.2g}" if metric.endswith("error") else NullFormatter())
+                axis.yaxis.set_minor_formatter("{x:.2g}" if metric.endswith(("error", "loss")) else NullFormatter())
             if log_work:
                 axis.set_xscale("log")
             axis.set_xlabel(name)
@@ -60,7 +73,7 @@ def comparison(rows: pd.DataFrame, labels: dict[str, str], title: str, path: Pat
             axis.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel(label)
     handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 7), frameon=False)
     figure.suptitle(f"{title}\nmedian and 20/80 % band over {int(np.max(rows['seed']))} seeds", fontsize=10)
     for ending in ("png", "pdf"):
         figure.savefig(path.with_suffix(f".{ending}"), dpi=150)

@@ -27,7 +27,7 @@ import pandas as pd
 from tqdm import tqdm
 
 import bilevel_jax
-from bilevel_jax import BilevelState, Carry, Levels, Problem, Result, Solver, Vars, begin, checks, resume, samplers
+from bilevel_jax import BilevelState, Carry, Levels, Problem, Result, Solver, Vars, begin, checks, resume, samplers, spent
 from experiments.methods import METHODS, Rates
 
 #: Seconds between two saves of the state of a running solver.
@@ -94,9 +94,9 @@ def compare(
     steps, evaluations = options.steps, options.evaluations
     if not names:
         raise SystemExit("--solvers: got none, expected at least one")
-    if not steps or not evaluations or steps % evaluations:
-        raise SystemExit(f"--steps: got {steps}, expected a multiple of --evaluations = {evaluations}")
-    every = steps // evaluations
+    for name, updates in (("--steps", steps), *((name, rates[name].updates or steps) for name in names)):
+        if not updates or not evaluations or updates % evaluations:
+            raise SystemExit(f"{name}: got {updates} updates, expected a multiple of --evaluations = {evaluations}")
     record = {**config, **dataclasses.asdict(options), "rates": {n: rates[n]._asdict() for n in names}}
     Store.check(options, record)
     task = make_task()
@@ -107,8 +107,8 @@ def compare(
     try:
         with _interruptible(), tqdm(total=len(names) * evaluations, unit="evaluation", file=sys.stderr) as bar:
             for name in names:
-                solver, sampler = build(task, name, rates[name], options.batch_size)
-                _run_one(task, name, solver, sampler, store, options.seeds, steps, every, bar)
+                updates, seeds = rates[name].updates or steps, 1 if METHODS[name].full else options.seeds
+                _run_one(task, name, *build(task, name, rates[name], options.batch_size), store, seeds, updates, evaluations, bar)
     except KeyboardInterrupt:
         print(f"\ninterrupted: what was computed is in {options.out}; go on with --resume", file=sys.stderr)
         raise SystemExit(130) from None
@@ -119,10 +119,16 @@ def compare(
 
 
 def build(task: Task, name: str, rates: Rates, batch_size: int) -> tuple[Solver, samplers.Sampler]:
-    """The solver of that name, and the sampler of the comparison: uniform blocks, ragged ones masked."""
+    """The solver of that name, and its sampler: uniform blocks, ragged ones masked; all the data if it is deterministic."""
+    batch_size = rates.batch_size or batch_size
+    method = METHODS[name]
+    sampler = samplers.full() if method.full else samplers.uniform(batch_size)
+    return method.build(task.problem, rates, _blocks(task, batch_size)), sampler
+
+
+def _blocks(task: Task, batch_size: int) -> Levels:
     rows = Levels(*(jax.tree.leaves(part)[0].shape[0] for part in task.data))
-    blocks = Levels(*(samplers.blocks(n, batch_size) for n in rows))
-    return METHODS[name].build(task.problem, rates, blocks), samplers.uniform(batch_size)
+    return Levels(*(samplers.blocks(n, batch_size) for n in rows))
 
 
 def seconds(task: Task, solver: Solver, sampler: samplers.Sampler, steps: int, every: int) -> np.ndarray:
@@ -146,12 +152,13 @@ def _run_one(
     store: "Store",
     seeds: int,
     steps: int,
-    every: int,
+    evaluations: int,
     bar: tqdm,
 ) -> None:
+    every = steps // evaluations
     bar.set_description(name)
     if store.finished(name):
-        bar.update(steps // every)
+        bar.update(evaluations)
         return
     lanes = _lanes(METHODS[name].coin)
     start = jax.jit(lambda keys, data: lanes(lambda key: begin(solver, sampler, task.start, data, key), keys))
@@ -164,7 +171,7 @@ def _run_one(
     carry, done = store.restore(name, carry)
     if done == 0:
         store.forget(name, -1)
-        store.add(name, 0, 0.0, 0.0, task.measure(carry.state.vars))
+        store.add(name, 0, np.zeros(seeds), 0.0, task.measure(carry.state.vars))
     bar.update(done // every)
     saved = time.monotonic()
     while done < steps:
@@ -176,7 +183,7 @@ def _run_one(
             if int(carry.state.step) == store.last_step(name, seeds):
                 store.save(name, carry)
             raise
-        store.add(name, done, oracle_calls(task, solver, sampler, done), clock[done // every - 1], row)
+        store.add(name, done, oracle_calls(task, solver, sampler, carry.state), clock[done // every - 1], row)
         bar.update(1)
         if done < steps and time.monotonic() - saved > SAVE_EVERY:
             store.save(name, carry)
@@ -184,14 +191,22 @@ def _run_one(
     store.finish(name, np.asarray(carry.result))
 
 
-def oracle_calls(task: Task, solver: Solver, sampler: samplers.Sampler, steps: int) -> float:
-    """Oracle calls on one batch after a number of steps: gradients, Hessian-vector and cross products, full passes counted
-    as the number of blocks that they read."""
+#: Rows of the batches that oracle calls are counted on, whatever the batches of a solver.
+UNIT = 64
+
+
+def oracle_calls(task: Task, solver: Solver, sampler: samplers.Sampler, state: BilevelState) -> np.ndarray:
+    """Oracle calls of a run so far, ``[seeds]``: gradients, Hessian-vector and cross products, counted on 64 rows.
+
+    A call on other batches, or on all the data, counts as the number of blocks of 64 rows that it reads.
+    """
     shapes = jax.eval_shape(lambda data: sampler.batches(data, jax.random.key(0), 0, 1), task.data)
-    slots = Levels(shapes.slot.inner.count, shapes.slot.outer.count)
-    draw, full = solver.cost
-    inner = full.inner_gradient + full.hessian_vector + full.cross
-    return steps * (sum(draw) + slots.inner * inner + slots.outer * full.outer_gradient)
+    read = Levels(*(jax.tree.leaves(part)[0].shape[1] / UNIT for part in (shapes.inner, shapes.outer)))
+    whole = _blocks(task, UNIT)
+    draw, full = spent(solver, state), solver.cost.full
+    calls = read.inner * (draw.inner_gradient + draw.hessian_vector + draw.cross) + read.outer * draw.outer_gradient
+    refreshes = whole.inner * (full.inner_gradient + full.hessian_vector + full.cross) + whole.outer * full.outer_gradient
+    return np.asarray(calls + state.step * refreshes) + np.zeros(len(jax.tree.leaves(state.vars)[0]))
 
 
 def _lanes(sequential: bool) -> Callable[[Callable[[Any], Carry], Any], Carry]:
@@ -275,7 +290,7 @@ class Store:
         complete = counts.index[counts == seeds]
         return int(complete.max()) if len(complete) else None
 
-    def add(self, name: str, step: int, calls: float, clock: float, row: dict[str, np.ndarray]) -> None:
+    def add(self, name: str, step: int, calls: np.ndarray, clock: float, row: dict[str, np.ndarray]) -> None:
         """Write the rows of all seeds at a step, at once."""
         seeds = np.arange(1, len(next(iter(row.values()))) + 1)
         columns = {"solver": name, "seed": seeds, "step": step, "oracle_calls": calls, "seconds": clock}

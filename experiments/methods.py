@@ -1,33 +1,75 @@
-"""The solvers of the comparisons, by name: how each is built from a step size, a ratio and the numbers of blocks."""
+"""The solvers of the comparisons, by name: how each is built from its rates and the numbers of blocks."""
 
+import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from bilevel_jax import Levels, Problem, Solver, Vars, default_opts, solvers
+from bilevel_jax import Levels, Problem, Solver, Vars, default_opts, linear_solve, solvers
 
-Name = Literal["soba", "ma_soba", "saba", "srba", "spaba", "storm_soba", "fsla"]
+Name = Literal[
+    "soba",
+    "ma_soba",
+    "saba",
+    "srba",
+    "spaba",
+    "storm_soba",
+    "fsla",
+    "aid_cg",
+    "aid_fp",
+    "hoag",
+    "itd_bio",
+    "itd_truncated",
+    "bsa",
+    "ttsa",
+    "stocbio",
+    "amigo",
+    "mrbo",
+    "sustain",
+    "vrbo",
+    "pzobo",
+]
 
 
 class Rates(NamedTuple):
-    """Step size of z and v, and its ratio to the step size of x."""
+    """The settings of a solver: step sizes, lengths of its loops, and how much of it to run."""
 
-    step_size: float
-    outer_ratio: float
+    step_size: float  # of z and v
+    outer_ratio: float  # step size of z over that of x
+    inner_steps: int = 10  # on z, in an update of a double-loop solver
+    terms: int = 10  # steps, factors or applications of its linear solver
+    linear_rate: float | None = None  # step size of its linear solver; by default that of z
+    batch_size: int | None = None  # rows of a block; by default that of the comparison
+    updates: int | None = None  # by default those of the comparison
 
     def opts(self, solver: Callable[..., Solver]) -> Vars:
         """The schedules of the solver's paper, from these numbers."""
         return default_opts(solver, self.step_size, self.step_size, self.step_size / self.outer_ratio)
 
+    def two(self, solver: Callable[..., Solver]) -> Vars:
+        """The same, for a solver that does not step v."""
+        return default_opts(solver, inner=self.step_size, outer=self.step_size / self.outer_ratio)
+
+    @property
+    def rate(self) -> float:
+        """Of the linear solver."""
+        return self.step_size if self.linear_rate is None else self.linear_rate
+
 
 class Method(NamedTuple):
-    """``build(problem, rates, blocks) -> Solver``; ``coin`` marks methods whose lanes branch differently under vmap."""
+    """``build(problem, rates, blocks) -> Solver``."""
 
     build: Callable[[Problem, Rates, Levels], Solver]
-    coin: bool = False
+    coin: bool = False  # whether its lanes branch differently under vmap
+    full: bool = False  # whether it is deterministic: every draw is all the data, and one seed is all
 
 
 def _plainly(make: Callable[..., Solver]) -> Method:
     return Method(lambda problem, rates, blocks: make(problem, rates.opts(make)))
+
+
+def _looped(make: Callable[..., Solver], own: Callable[[Rates, Levels], dict[str, Any]], **flags: bool) -> Method:
+    """A double-loop or unrolled solver, with its own arguments from the rates and the numbers of blocks."""
+    return Method(lambda problem, rates, blocks: make(problem, rates.two(make), **own(rates, blocks)), **flags)
 
 
 METHODS: dict[str, Method] = {
@@ -51,4 +93,37 @@ METHODS: dict[str, Method] = {
     "storm_soba": _plainly(solvers.storm_soba),
     # eta = 1 / sqrt(t + 1), the paper's schedule; the public benchmark scales it by the step size.
     "fsla": _plainly(solvers.fsla),
+    "aid_cg": _looped(
+        solvers.aid_bio,
+        lambda r, _: {"inner_steps": r.inner_steps, "linear_solver": linear_solve.cg(max_steps=r.terms)},
+        full=True,
+    ),
+    "aid_fp": _looped(
+        solvers.aid_bio,
+        lambda r, _: {
+            "inner_steps": r.inner_steps,
+            "linear_solver": linear_solve.richardson(steps=r.terms, rate=r.rate),
+        },
+        full=True,
+    ),
+    # Summable tolerances .1 * .9^t, and never more steps than the other double loops take.
+    "hoag": _looped(solvers.hoag, lambda r, _: {"max_steps": max(r.inner_steps, r.terms)}, full=True),
+    "itd_bio": _looped(solvers.itd_bio, lambda r, _: {"inner_steps": r.inner_steps}, full=True),
+    # The "reverse" of the thesis' experiments: back-propagation through the last steps only.
+    "itd_truncated": _looped(
+        solvers.itd_bio, lambda r, _: {"inner_steps": r.inner_steps, "truncate": r.terms}, full=True
+    ),
+    "bsa": _looped(solvers.bsa, lambda r, _: {"inner_steps": r.inner_steps, "terms": r.terms, "rate": r.rate}, coin=True),
+    "ttsa": _looped(solvers.ttsa, lambda r, _: {"terms": r.terms, "rate": r.rate}, coin=True),
+    "stocbio": _looped(solvers.stocbio, lambda r, _: {"inner_steps": r.inner_steps, "terms": r.terms, "rate": r.rate}),
+    "amigo": _looped(
+        solvers.amigo, lambda r, _: {"inner_steps": r.inner_steps, "aux_steps": r.terms, "aux_rate": r.rate}
+    ),
+    "mrbo": _looped(solvers.mrbo, lambda r, _: {"terms": r.terms, "rate": r.rate}),
+    "sustain": _looped(solvers.sustain, lambda r, _: {"terms": r.terms, "rate": r.rate}, coin=True),
+    # A refresh every 3 sweeps, as in the thesis' experiments, and a tenth of stocBiO's inner steps.
+    "vrbo": _looped(
+        solvers.vrbo, lambda r, _: {"inner_steps": math.ceil(r.inner_steps / 10), "terms": r.terms, "rate": r.rate}
+    ),
+    "pzobo": _looped(solvers.pzobo, lambda r, _: {"inner_steps": r.inner_steps, "radius": 0.01}, full=True),
 }

@@ -30,7 +30,7 @@ from bilevel_jax import (
 )
 from bilevel_jax import stream as stream_run
 from bilevel_jax.estimators import flush, saga, storm, total
-from bilevel_jax.oracles import take_draw
+from bilevel_jax.samplers import take_draw
 from bilevel_jax.types import Slot, Terms
 from tests.checks import ZERO, check_same, walk
 from tests.tables import (

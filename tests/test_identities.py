@@ -10,7 +10,7 @@ import pytest
 
 from bilevel_jax import Batch, Solver, Vars, descend, implicit, per_sweep, samplers, solvers, sweep
 from bilevel_jax.estimators import ema, flush, page, plain, saga, sarah, storm, total
-from bilevel_jax.oracles import take_draw
+from bilevel_jax.samplers import take_draw
 from bilevel_jax.types import Table, Terms
 from tests.checks import ZERO, check_same, hand, points, walk, whole
 from tests.tables import STEPS, build, distance, donated_update, every_solver, stream, tiny, tiny_sampler

@@ -16,8 +16,9 @@ from jax.flatten_util import ravel_pytree
 from bilevel_jax import checks
 from bilevel_jax.estimators import narrow, storm, total, widen
 from bilevel_jax.linear_solve import neumann, random_neumann
-from bilevel_jax.oracles import aid, aid_terms, losses, take_draw
+from bilevel_jax.oracles import aid, aid_terms, losses
 from bilevel_jax.results import Status, Tally
+from bilevel_jax.samplers import take_draw, take_window
 from bilevel_jax.solvers.steps import two
 from bilevel_jax.sweep import descend, sweep
 from bilevel_jax.types import Array, Batch, Calls, Cost, Problem, PyTree, Schedule, Solver, Stage, Vars
@@ -140,14 +141,15 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
 
     def update(state: VrboState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, VrboState]:
         z, v, x = vars
-        everything = Batch(batches.full.inner, batches.full.outer, key=None if batches.key is None else batches.key[0])
+        first = take_draw(batches, 0)
+        everything = Batch(first.full.inner, first.full.outer, key=first.key)
         held, code = lax.cond(
             step % period == 0, lambda: at(z, x, lambda k: everything), lambda: (state.direction, state.status.code)
         )
         new_x, outer = _apply(opts.outer, narrow(held.outer, x), state.opts.outer, x)
-        split = jax.tree.map(lambda leaf: leaf.reshape(inner_steps, width, *leaf.shape[1:]), batches._replace(full=None))
 
-        def inner(carry: tuple, draws: Batch) -> tuple[tuple, None]:
+        def inner(carry: tuple, t: Array) -> tuple[tuple, None]:
+            draws = take_window(batches, t * width, width)
             z, old_z, old_x, held, opt, code = carry
             new, new_code = at(z, new_x, lambda k: take_draw(draws, k))
             old, old_code = at(old_z, old_x, lambda k: take_draw(draws, k))
@@ -156,12 +158,12 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
             return (moved, z, new_x, held, opt, jnp.stack([code, new_code, old_code]).max()), None
 
         carry = (z, z, x, held, state.opts.inner, jnp.maximum(code, state.status.code))
-        (z, _, _, held, opt, code), _ = lax.scan(inner, carry, split)
+        (z, _, _, held, opt, code), _ = lax.scan(inner, carry, jnp.arange(inner_steps, dtype=jnp.int32))
         return Vars(z, v, new_x), VrboState(held, Vars(inner=opt, outer=outer), Status(code))
 
     each = Calls(1.0, solver.applications, 1.0, 1.0)
     cost = Cost(Calls(*(2 * inner_steps * c for c in each)), Calls(*(c / period for c in each)))
-    return sweep(Stage(init, update, inner_steps * width, cost))
+    return sweep(Stage(init, update, inner_steps * width, cost, lazy=True))
 
 
 class StableState(NamedTuple):
@@ -246,7 +248,7 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
         tally = Tally(jax.tree.map(lambda t, c: t + jnp.int32(c), state.tally.calls, calls), counted)
         return Vars(new_z, to_z(v), new_x), StableState(hessian, cross, vars, Vars(inner=inner, outer=outer), tally)
 
-    return sweep(Stage(init, update, 1, Cost(draw=counted._replace(inner_gradient=1.0, outer_gradient=1.0))))
+    return sweep(Stage(init, update, 1, Cost(draw=counted._replace(inner_gradient=1.0, outer_gradient=1.0)), lazy=True))
 
 
 def _apply(opt: optax.GradientTransformation, direction: PyTree, state: PyTree, value: PyTree) -> tuple[PyTree, PyTree]:

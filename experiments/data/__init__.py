@@ -1,9 +1,10 @@
 """Data sets of the experiments: checked files in, NamedTuples of numpy arrays out."""
 
 from experiments.data.files import DataFileError, locate
-from experiments.data.hyperclean import cleaning
+from experiments.data.hyperclean import cleaning, shifted
 from experiments.data.ijcnn import ijcnn1
 from experiments.data.images import fashion_mnist, mnist
+from experiments.data.newsgroups import newsgroups
 from experiments.data.records import Cleaning, Images, Table, ThreeWay
 from experiments.data.tables import breast_cancer, covtype, digits
 
@@ -21,4 +22,6 @@ __all__ = [
     "ijcnn1",
     "locate",
     "mnist",
+    "newsgroups",
+    "shifted",
 ]

@@ -76,6 +76,49 @@ def cleaning(
     )
 
 
+def shifted(dataset: str, *, corruption: float, seed: int = 0) -> Cleaning:
+    """Data hyper-cleaning as in the bilevel thesis: wrong labels are other classes, never the true one.
+
+    Train rows are the first 20,000 training images, validation rows the next 5,000 (digits: 1,000 and 400), test rows all
+    test images (digits: all remaining rows).  The labels of a share `corruption` of the train rows, drawn once by `seed`,
+    are shifted by 1 to 9 modulo 10.  Pixels are in [0, 1], normalised by MNIST's mean .1307 and deviation .3081 (digits: by
+    those of its train rows), with a last column of ones.
+
+    Deviations from the public code: there the labels are shifted anew at every visit, so that the noise accumulates, and
+    the validation rows are read at wrong positions.
+
+    Source: Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced design", ICML 2021, arXiv 2010.07962.
+    """
+    if dataset not in LOADERS:
+        raise ValueError(f"dataset: got {dataset!r}, expected one of {sorted(LOADERS)}")
+    if not 0 <= corruption <= 1:
+        raise ValueError(f"corruption: got {corruption!r}, expected a number from 0 to 1")
+    train, validation = DEFAULTS[dataset]
+    data = LOADERS[dataset]()
+    rows, checks = slice(0, train), slice(train, train + validation)
+    rng = np.random.default_rng(seed)
+    true_y = data.train_y[rows]
+    hit = rng.permutation(train)[: round(corruption * train)]
+    noisy = true_y.copy()
+    noisy[hit] = (true_y[hit] + rng.integers(1, 10, len(hit))) % 10
+
+    x = data.train_x.reshape(len(data.train_y), -1) / np.float32(data.train_x.max())
+    mean, deviation = (x[rows].mean(), x[rows].std()) if dataset == "digits" else (0.1307, 0.3081)
+
+    def features(pixels: np.ndarray) -> np.ndarray:
+        return np.hstack([(pixels - mean) / deviation, np.ones((len(pixels), 1))]).astype(np.float32)
+
+    if dataset == "digits":
+        test_x, test_y = x[train + validation :], data.train_y[train + validation :]
+    else:
+        test_x, test_y = data.test_x.reshape(len(data.test_y), -1) / np.float32(data.train_x.max()), data.test_y
+    note = f"{data.note}, {corruption:g} of the train labels shifted; {train}/{validation}/{len(test_y)} rows"
+    parts = features(x[rows]), features(x[checks]), features(test_x)
+    return Cleaning(
+        dataset, parts[0], noisy, true_y, noisy != true_y, parts[1], data.train_y[checks], parts[2], test_y, 10, note
+    )
+
+
 def _standard(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
     """`scaled`, and 0 everywhere for pixels that are constant on the train rows.
 
