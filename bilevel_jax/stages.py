@@ -42,8 +42,8 @@ def _went(state: SolveState, code: Array, residual: Array, **calls: Array) -> So
     )
 
 
-def _widest(tree: PyTree) -> Any:
-    """The dtype of a residual: that of the variables, float32 at least."""
+def widest(tree: PyTree) -> Any:
+    """The widest dtype among the leaves, float32 at least: that of residuals and of dense estimates."""
     kinds = [jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(tree))]
     return max(map(jnp.dtype, kinds), key=lambda kind: jnp.finfo(kind).bits)
 
@@ -95,7 +95,7 @@ def solve_inner(
     def init(vars: Vars, batches: Batch) -> SolveState:
         draw = jax.eval_shape(lambda b: take_draw(b, 0), batches)
         jax.eval_shape(jax.grad(g), vars.inner, vars.outer, draw)
-        return _begin(_widest(vars.inner), calls)
+        return _begin(widest(vars.inner), calls)
 
     def update(state: SolveState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, SolveState]:
         draw = take_draw(batches, 0)
@@ -172,7 +172,7 @@ def solve_aux(problem: Problem, solver: LinearSolver | Callable[[Array], LinearS
     def init(vars: Vars, batches: Batch) -> SolveState:
         if batches.outer is None:
             raise ValueError("batch.outer: got None, expected data of the outer loss, whose gradient is the right-hand side")
-        state = _begin(_widest(vars.inner), Calls(hessian_vector=calls.hessian_vector))
+        state = _begin(widest(vars.inner), Calls(hessian_vector=calls.hessian_vector))
         jax.eval_shape(update, state, vars, batches, jnp.zeros((), jnp.int32))
         return state
 

@@ -20,6 +20,7 @@ from bilevel_jax.oracles import aid, aid_terms, losses
 from bilevel_jax.results import Status, Tally
 from bilevel_jax.samplers import take_draw, take_window
 from bilevel_jax.solvers.steps import two
+from bilevel_jax.stages import widest
 from bilevel_jax.sweep import descend, sweep
 from bilevel_jax.types import Array, Batch, Calls, Cost, Problem, PyTree, Schedule, Solver, Stage, Vars
 
@@ -205,9 +206,13 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
     g, f = losses(problem)
     counted = Calls(hessian_vector=math.inf, cross=math.inf)  # 2 p, and p is not known here
 
+    def flat(tree: PyTree, wide: Any) -> tuple[Array, Callable[[Array], PyTree]]:
+        """A tree as one vector, and the way back to its dtypes; the dense algebra is in one dtype, float32 at least."""
+        vector, back = ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(wide), tree))
+        return vector, lambda w: narrow(back(w), tree)
+
     def matrices(z: PyTree, x: PyTree, draw: Batch) -> tuple[Array, Array]:
-        flat_z, to_z = ravel_pytree(z)
-        flat_x, to_x = ravel_pytree(x)
+        (flat_z, to_z), (flat_x, to_x) = (flat(tree, widest((z, x))) for tree in (z, x))
         slope = lambda z, x: jax.grad(lambda z: g(to_z(z), to_x(x), draw))(z)  # noqa: E731
         return jax.jacfwd(slope)(flat_z, flat_x), jax.jacrev(slope, argnums=1)(flat_z, flat_x).T
 
@@ -237,11 +242,11 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
         invert = lambda w: basis @ ((basis.T @ w) / values)  # noqa: E731
 
         (fz, fx), dz = jax.grad(f, argnums=(0, 1))(z, x, draw), jax.grad(g)(z, x, draw)
-        flat_x, to_x = ravel_pytree(x)
-        v = -invert(ravel_pytree(fz)[0])
+        wide = hessian.dtype
+        (_, to_z), (flat_x, to_x) = flat(z, wide), flat(x, wide)
+        v = -invert(flat(fz, wide)[0])
         new_x, outer = _apply(opts.outer, jax.tree.map(jnp.add, fx, to_x(cross @ v)), state.opts.outer, x)
-        _, to_z = ravel_pytree(z)
-        follow = to_z(invert((ravel_pytree(new_x)[0] - flat_x) @ cross))
+        follow = to_z(invert((flat(new_x, wide)[0] - flat_x) @ cross))
         new_z, inner = _apply(opts.inner, dz, state.opts.inner, z)
         new_z = jax.tree.map(jnp.subtract, new_z, follow)
         calls = Calls(0, 2 * hessian.shape[0], 2 * hessian.shape[0], 0)
