@@ -50,7 +50,7 @@ def comparison(rows: pd.DataFrame, labels: dict[str, str], title: str, path: Pat
     for row, (metric, label) in zip(axes, labels.items(), strict=True):
         for axis, (column, name) in zip(row, axes_of.items(), strict=True):
             for solver, part in rows.groupby("solver", sort=False):
-                color, style = STYLES[str(solver)]
+                color, style = STYLES.get(str(solver), (None, "-"))
                 # A run that diverged counts as infinitely bad, and is named: left out, it would flatter the others.
                 groups = part.assign(**{metric: part[metric].fillna(np.inf)}).groupby("step", sort=True)
                 x = groups[column].median()
@@ -60,8 +60,8 @@ def comparison(rows: pd.DataFrame, labels: dict[str, str], title: str, path: Pat
                 )
                 lost = part.loc[part[metric].isna(), "seed"].nunique()
                 legend = f"{solver} ({lost} diverged)" if lost else str(solver)
-                axis.plot(x, middle, style, color=color, label=legend, linewidth=1.8)
-                axis.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+                (line,) = axis.plot(x, middle, style, color=color, label=legend, linewidth=1.8)
+                axis.fill_between(x, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
             if metric.endswith(("suboptimality", "norm", "error", "loss")):
                 axis.set_yscale("log")
                 axis.yaxis.set_major_formatter("{x:.3g}")
