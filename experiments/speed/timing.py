@@ -64,6 +64,12 @@ def peak_bytes(executable: Any) -> float:
     return used - memory.alias_size_in_bytes
 
 
+def temporary_bytes(executable: Any) -> float:
+    """What a program takes beside its arguments and outputs; NaN where not known."""
+    memory = executable.memory_analysis()
+    return float("nan") if memory is None else memory.temp_size_in_bytes
+
+
 def size_bytes(tree: Any) -> int:
     """Bytes of the arrays of a tree."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
