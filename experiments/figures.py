@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import NullFormatter
 
-#: One colour and line style a solver, the same in every figure (colours of Okabe and Ito, and of Tol: told apart by all readers).
+#: One colour and line style a solver, the same in every figure (colours of Okabe and Ito, and of Tol: told apart by all).
 STYLES = {
     "soba": ("#0072B2", "-"),
     "ma_soba": ("#56B4E9", "--"),

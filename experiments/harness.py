@@ -96,7 +96,7 @@ def compare(
         raise SystemExit("--solvers: got none, expected at least one")
     for name, updates in (("--steps", steps), *((name, rates[name].updates or steps) for name in names)):
         if not updates or not evaluations or updates % evaluations:
-            raise SystemExit(f"{name}: got {updates} updates, expected a multiple of --evaluations = {evaluations}")
+            raise SystemExit(f"{name}: got {updates}, expected a multiple of --evaluations = {evaluations}")
     record = {**config, **dataclasses.asdict(options), "rates": {n: rates[n]._asdict() for n in names}}
     Store.check(options, record)
     task = make_task()
@@ -108,7 +108,8 @@ def compare(
         with _interruptible(), tqdm(total=len(names) * evaluations, unit="evaluation", file=sys.stderr) as bar:
             for name in names:
                 updates, seeds = rates[name].updates or steps, 1 if METHODS[name].full else options.seeds
-                _run_one(task, name, *build(task, name, rates[name], options.batch_size), store, seeds, updates, evaluations, bar)
+                built = build(task, name, rates[name], options.batch_size)
+                _run_one(task, name, *built, store, seeds, updates, evaluations, bar)
     except KeyboardInterrupt:
         print(f"\ninterrupted: what was computed is in {options.out}; go on with --resume", file=sys.stderr)
         raise SystemExit(130) from None
@@ -120,15 +121,16 @@ def compare(
 
 def build(task: Task, name: str, rates: Rates, batch_size: int) -> tuple[Solver, samplers.Sampler]:
     """The solver of that name, and its sampler: uniform blocks, ragged ones masked; all the data if it is deterministic."""
-    batch_size = rates.batch_size or batch_size
-    method = METHODS[name]
-    sampler = samplers.full() if method.full else samplers.uniform(batch_size)
-    return method.build(task.problem, rates, _blocks(task, batch_size)), sampler
+    rows, method = _rows(task), METHODS[name]
+    # A method's own batch size is cut down to the rows that there are; the user's is refused by the sampler.
+    sizes = Levels(*(min(rates.batch_size, n) if rates.batch_size else batch_size for n in rows))
+    blocks = Levels(*(samplers.blocks(n, size) for n, size in zip(rows, sizes, strict=True)))
+    sampler = samplers.full() if method.full else samplers.uniform(sizes.inner, outer_batch_size=sizes.outer)
+    return method.build(task.problem, rates, blocks), sampler
 
 
-def _blocks(task: Task, batch_size: int) -> Levels:
-    rows = Levels(*(jax.tree.leaves(part)[0].shape[0] for part in task.data))
-    return Levels(*(samplers.blocks(n, batch_size) for n in rows))
+def _rows(task: Task) -> Levels:
+    return Levels(*(jax.tree.leaves(part)[0].shape[0] for part in task.data))
 
 
 def seconds(task: Task, solver: Solver, sampler: samplers.Sampler, steps: int, every: int) -> np.ndarray:
@@ -202,7 +204,7 @@ def oracle_calls(task: Task, solver: Solver, sampler: samplers.Sampler, state: B
     """
     shapes = jax.eval_shape(lambda data: sampler.batches(data, jax.random.key(0), 0, 1), task.data)
     read = Levels(*(jax.tree.leaves(part)[0].shape[1] / UNIT for part in (shapes.inner, shapes.outer)))
-    whole = _blocks(task, UNIT)
+    whole = Levels(*(samplers.blocks(n, UNIT) for n in _rows(task)))
     draw, full = spent(solver, state), solver.cost.full
     calls = read.inner * (draw.inner_gradient + draw.hessian_vector + draw.cross) + read.outer * draw.outer_gradient
     refreshes = whole.inner * (full.inner_gradient + full.hessian_vector + full.cross) + whole.outer * full.outer_gradient

@@ -110,15 +110,11 @@ METHODS: dict[str, Method] = {
     "hoag": _looped(solvers.hoag, lambda r, _: {"max_steps": max(r.inner_steps, r.terms)}, full=True),
     "itd_bio": _looped(solvers.itd_bio, lambda r, _: {"inner_steps": r.inner_steps}, full=True),
     # The "reverse" of the thesis' experiments: back-propagation through the last steps only.
-    "itd_truncated": _looped(
-        solvers.itd_bio, lambda r, _: {"inner_steps": r.inner_steps, "truncate": r.terms}, full=True
-    ),
+    "itd_truncated": _looped(solvers.itd_bio, lambda r, _: {"inner_steps": r.inner_steps, "truncate": r.terms}, full=True),
     "bsa": _looped(solvers.bsa, lambda r, _: {"inner_steps": r.inner_steps, "terms": r.terms, "rate": r.rate}, coin=True),
     "ttsa": _looped(solvers.ttsa, lambda r, _: {"terms": r.terms, "rate": r.rate}, coin=True),
     "stocbio": _looped(solvers.stocbio, lambda r, _: {"inner_steps": r.inner_steps, "terms": r.terms, "rate": r.rate}),
-    "amigo": _looped(
-        solvers.amigo, lambda r, _: {"inner_steps": r.inner_steps, "aux_steps": r.terms, "aux_rate": r.rate}
-    ),
+    "amigo": _looped(solvers.amigo, lambda r, _: {"inner_steps": r.inner_steps, "aux_steps": r.terms, "aux_rate": r.rate}),
     "mrbo": _looped(solvers.mrbo, lambda r, _: {"terms": r.terms, "rate": r.rate}),
     "sustain": _looped(solvers.sustain, lambda r, _: {"terms": r.terms, "rate": r.rate}, coin=True),
     # A refresh every 3 sweeps, as in the thesis' experiments, and a tenth of stocBiO's inner steps.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ import tyro
 
 from bilevel_jax import Levels
 from experiments import data, data_cleaning, grid, harness, hyperparameter_selection, logistic
-from experiments.methods import METHODS, Rates
+from experiments.methods import METHODS, Name, Rates
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,7 +56,8 @@ def test_files_and_columns(finished):
     assert config["sessions"][0]["versions"]["jax"] == jax.__version__
     assert config["sessions"][0]["machine"]["device"].startswith("cpu")
     assert config["facts"]["reference"]["starts"] == 5
-    assert config["settings"]["rates"]["saba"] == {"step_size": 0.05, "outer_ratio": 0.1}
+    rates = config["settings"]["rates"]["saba"]
+    assert (rates["step_size"], rates["outer_ratio"], rates["updates"]) == (0.05, 0.1, None)
     table = pd.read_csv(finished / "history.csv")
     assert list(table)[:5] == ["solver", "seed", "step", "oracle_calls", "seconds"]
     assert len(table) == 2 * 2 * 5
@@ -200,8 +202,28 @@ def test_corruption_out_of_range(tmp_path):
 
 
 def test_every_method_builds():
-    rates, blocks = Rates(0.1, 1.0), Levels(4, 4)
-    assert {METHODS[name].build(logistic.binary, rates, blocks).draws for name in METHODS} == {1, 3}
+    rates, blocks = Rates(0.1, 1.0, inner_steps=4, terms=3), Levels(4, 4)
+    draws = {name: METHODS[name].build(logistic.binary, rates, blocks).draws for name in METHODS}
+    assert (draws["soba"], draws["fsla"], draws["aid_cg"], draws["stocbio"], draws["mrbo"]) == (1, 3, 3, 4 + 4 + 1, 4)
+    assert set(get_args(Name)) == set(METHODS)
+
+
+def test_settings_of_the_thesis(tmp_path):
+    """Stochastic and deterministic solvers in one comparison: own batches and lanes, calls as they were spent."""
+    names = ("stocbio", "hoag")
+    config = data_cleaning.Config(
+        setting="thesis", solvers=names, seeds=2, steps=2, evaluations=2, corruption=0.4, out=tmp_path / "run"
+    )
+    data_cleaning.main(config)
+    table = pd.read_csv(tmp_path / "run" / "history.csv")
+    assert table.groupby("solver")["seed"].nunique().to_dict() == {"stocbio": 2, "hoag": 1}
+    ends = table[table["step"] == 2].groupby("solver")["oracle_calls"].first()
+    inner, outer, many = 1000 / 64, 400 / 64, 400 / 64
+    assert ends["stocbio"] == pytest.approx(2 * ((200 + 3 + 1) * inner + 2 * min(outer, inner)))
+    assert 2 * many < ends["hoag"] <= 2 * ((200 + 1 + 200 + 3 + 1) * inner + 2 * many)
+    assert np.isfinite(table["test_loss"]).all()
+    losses = table.groupby("solver")["test_loss"].agg(["first", "last"])
+    assert (losses["last"] < losses["first"]).all()
 
 
 @pytest.fixture(scope="module")
