@@ -72,6 +72,12 @@ class Tally:
     declared: Calls  # of an update, static; inf where there is no bound, 0 where nothing is counted
 
 
+def tally(declared: Calls) -> Tally:
+    """A tally that starts at none."""
+    none = jnp.zeros((), jnp.int32)
+    return Tally(Calls(none, none, none, none), declared)
+
+
 def spent(solver: Solver, state: BilevelState) -> Calls:
     """Oracle calls of a run so far on single draws: as counted in the state where they are, as declared elsewhere.
 

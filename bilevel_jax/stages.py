@@ -17,7 +17,7 @@ from bilevel_jax import checks
 from bilevel_jax.hypergrad import Jacobian, norm, path, reverse
 from bilevel_jax.linear_solve import LinearSolver
 from bilevel_jax.oracles import depends, losses, system
-from bilevel_jax.results import Result, Status, Tally, all_finite
+from bilevel_jax.results import Result, Status, Tally, all_finite, tally
 from bilevel_jax.samplers import take_draw
 from bilevel_jax.types import Array, Batch, Calls, Cost, Problem, PyTree, Schedule, Stage, Vars
 
@@ -29,8 +29,7 @@ class SolveState(NamedTuple):
 
 
 def _begin(residual: Any, declared: Calls) -> SolveState:
-    none = jnp.zeros((), jnp.int32)
-    return SolveState(Status(none), jnp.zeros((), residual), Tally(Calls(none, none, none, none), declared))
+    return SolveState(Status(jnp.zeros((), jnp.int32)), jnp.zeros((), residual), tally(declared))
 
 
 def _went(state: SolveState, code: Array, residual: Array, **calls: Array) -> SolveState:

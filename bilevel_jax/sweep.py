@@ -228,7 +228,7 @@ def per_sweep(schedule: Schedule, steps: int) -> Schedule:
     return (lambda count: schedule(count // steps)) if callable(schedule) else schedule
 
 
-def _has_shapes_only(batches: Batch) -> bool:
+def _has_shapes_only(batches: Any) -> bool:
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(batches))
 
 

@@ -85,12 +85,13 @@ class Terms(NamedTuple):
 
 
 class Calls(NamedTuple):
-    """Oracle calls: the unit of cost, and the x-axis of figures.  Each entry counts calls on one batch."""
+    """Oracle calls: the unit of cost, and the x-axis of figures.  Each entry (a float, or an array where they are counted as
+    they go) counts calls on one batch."""
 
-    inner_gradient: float = 0.0  # d_z g (or d_x g)
-    hessian_vector: float = 0.0  # d2_zz g v
-    cross: float = 0.0  # d2_xz g v
-    outer_gradient: float = 0.0  # the pair (d_z f, d_x f)
+    inner_gradient: Any = 0.0  # d_z g (or d_x g)
+    hessian_vector: Any = 0.0  # d2_zz g v
+    cross: Any = 0.0  # d2_xz g v
+    outer_gradient: Any = 0.0  # the pair (d_z f, d_x f)
 
 
 class Cost(NamedTuple):

@@ -94,8 +94,10 @@ def compare(
     steps, evaluations = options.steps, options.evaluations
     if not names:
         raise SystemExit("--solvers: got none, expected at least one")
+    if not steps or not evaluations:
+        raise SystemExit(f"--steps and --evaluations: got {steps} and {evaluations}, expected numbers")
     for name, updates in (("--steps", steps), *((name, rates[name].updates or steps) for name in names)):
-        if not updates or not evaluations or updates % evaluations:
+        if updates % evaluations:
             raise SystemExit(f"{name}: got {updates}, expected a multiple of --evaluations = {evaluations}")
     record = {**config, **dataclasses.asdict(options), "rates": {n: rates[n]._asdict() for n in names}}
     Store.check(options, record)
@@ -305,7 +307,7 @@ class Store:
         """The seconds of a solver, measured once and kept in timing.csv."""
         path = self.out / "timing.csv"
         known = pd.read_csv(path) if path.exists() else pd.DataFrame({"solver": [], "step": [], "seconds": []})
-        mine = known[known["solver"] == name]
+        mine: Any = known[known["solver"] == name]
         if not mine.empty:
             return mine["seconds"].to_numpy()
         spent = measure()

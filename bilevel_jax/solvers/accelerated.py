@@ -109,10 +109,10 @@ def _three_sequences(smoothness: float, strong_convexity: float) -> optax.Gradie
     s = math.sqrt(alpha * strong_convexity)
     eta, tau, beta = s / (s + 2), s / 2, math.sqrt(alpha / strong_convexity)
 
-    def update(grads: PyTree, state: ThreeSequencesState, y: Any = None) -> tuple[PyTree, ThreeSequencesState]:
-        x = jax.tree.map(lambda y, x, g: tau * y + (1 - tau) * x - beta * g, y, state.x, grads)
-        w = jax.tree.map(lambda y, g: y - alpha * g, y, grads)
-        return jax.tree.map(lambda x, w, y: eta * x + (1 - eta) * w - y, x, w, y), ThreeSequencesState(x, w)
+    def update(updates: PyTree, state: Any, params: Any = None) -> tuple[PyTree, Any]:
+        x = jax.tree.map(lambda y, x, g: tau * y + (1 - tau) * x - beta * g, params, state.x, updates)
+        w = jax.tree.map(lambda y, g: y - alpha * g, params, updates)
+        return jax.tree.map(lambda x, w, y: eta * x + (1 - eta) * w - y, x, w, params), ThreeSequencesState(x, w)
 
     return optax.GradientTransformation(lambda y: ThreeSequencesState(y, y), update)
 

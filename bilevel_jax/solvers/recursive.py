@@ -17,7 +17,7 @@ from bilevel_jax import checks
 from bilevel_jax.estimators import narrow, storm, total, widen
 from bilevel_jax.linear_solve import neumann, random_neumann
 from bilevel_jax.oracles import aid, aid_terms, losses
-from bilevel_jax.results import Status, Tally
+from bilevel_jax.results import Status, Tally, tally
 from bilevel_jax.samplers import take_draw, take_window
 from bilevel_jax.solvers.steps import two
 from bilevel_jax.stages import widest
@@ -224,8 +224,7 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
         hessian, cross = (jnp.zeros(s.shape, s.dtype) for s in shapes)
         with jax.numpy_dtype_promotion("standard"):
             states = Vars(inner=opts.inner.init(vars.inner), outer=opts.outer.init(vars.outer))
-        none = jnp.zeros((), jnp.int32)
-        return StableState(hessian, cross, jax.tree.map(jnp.copy, vars), states, Tally(Calls(none, none, none, none), counted))
+        return StableState(hessian, cross, jax.tree.map(jnp.copy, vars), states, tally(counted))
 
     def update(state: StableState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, StableState]:
         z, _, x = vars
@@ -250,8 +249,8 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
         new_z, inner = _apply(opts.inner, dz, state.opts.inner, z)
         new_z = jax.tree.map(jnp.subtract, new_z, follow)
         calls = Calls(0, 2 * hessian.shape[0], 2 * hessian.shape[0], 0)
-        tally = Tally(jax.tree.map(lambda t, c: t + jnp.int32(c), state.tally.calls, calls), counted)
-        return Vars(new_z, to_z(v), new_x), StableState(hessian, cross, vars, Vars(inner=inner, outer=outer), tally)
+        spent = Tally(jax.tree.map(lambda t, c: t + jnp.int32(c), state.tally.calls, calls), counted)
+        return Vars(new_z, to_z(v), new_x), StableState(hessian, cross, vars, Vars(inner=inner, outer=outer), spent)
 
     return sweep(Stage(init, update, 1, Cost(draw=counted._replace(inner_gradient=1.0, outer_gradient=1.0)), lazy=True))
 
