@@ -114,7 +114,7 @@ def _three_sequences(smoothness: float, strong_convexity: float) -> optax.Gradie
         w = jax.tree.map(lambda y, g: y - alpha * g, params, updates)
         return jax.tree.map(lambda x, w, y: eta * x + (1 - eta) * w - y, x, w, params), ThreeSequencesState(x, w)
 
-    return optax.GradientTransformation(lambda y: ThreeSequencesState(y, y), update)
+    return optax.GradientTransformation(lambda params: ThreeSequencesState(params, params), update)
 
 
 def _accelerated_loops(
