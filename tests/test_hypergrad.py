@@ -1,6 +1,9 @@
-"""The hypergradient as a function, and derivatives of black-box inner solvers: closed forms, slopes, transformations."""
+"""The hypergradient as a function, and derivatives of black-box inner solvers: closed forms, slopes, transformations.
 
-import functools
+Methods are compared inside one compiled function, because compiling is what takes the time here.
+"""
+
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -8,135 +11,126 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax import Batch, Problem, Result, hypergrad, linear_solve, testing
-from bilevel_jax.hypergrad import hypergradient, implicit, implicit_fixed_point, implicit_root, iterative, one_step, t1_t2
-
-pytestmark = pytest.mark.slow  # many small compilations: minutes
-
-
-@pytest.fixture(scope="module")
-def quadratic():
-    return testing.quadratic(jax.random.key(3), inner_dim=6, outer_dim=4, inner_samples=4, outer_samples=4, dtype=jnp.float64)
-
-
-@pytest.fixture(scope="module")
-def logistic():
-    """A strongly convex inner problem that is not quadratic: (problem, batch, x, z*(x))."""
-    random = np.random.default_rng(0)
-    a, b = (jnp.asarray(random.normal(size=(30, 5))) for _ in range(2))
-    labels = jnp.sign(a @ jnp.ones(5)), jnp.sign(b @ jnp.ones(5) + 0.3)
-
-    def fit(z, rows):
-        features, labels = rows
-        return jax.nn.softplus(-labels * (features @ z["w"]))
-
-    problem = Problem(lambda z, x, d: fit(z, d) + 0.5 * jnp.sum(jnp.exp(x) * z["w"] ** 2), lambda z, x, d: fit(z, d))
-    batch = Batch(inner=(a, labels[0]), outer=(b, labels[1]))
-    x = jnp.linspace(-2.0, 0.0, 5)
-    return problem, batch, x, {"w": newton(problem, batch)(x)}
-
-
-def newton(problem, batch):
-    def solve(x):
-        g = lambda w: problem.inner({"w": w}, x, batch.inner).mean()
-        step = lambda _, w: w - jnp.linalg.solve(jax.hessian(g)(w), jax.grad(g)(w))
-        return jax.lax.fori_loop(0, 12, step, jnp.zeros(5))
-
-    return solve
-
-
-def reference(problem, batch, x):
-    """grad h by central differences of the value at a Newton solution."""
-    solve = newton(problem, batch)
-    h = lambda x: problem.outer({"w": solve(x)}, x, batch.outer).mean()
-    steps = 1e-5 * jnp.eye(x.size)
-    return jnp.array([(h(x + s) - h(x - s)) / 2e-5 for s in steps])
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        implicit(),
-        implicit(linear_solve.dense()),
-        implicit(linear_solve.cg(max_steps=30, rtol=1e-12)),
-        implicit(linear_solve.neumann(terms=2000, rate=0.9)),
-        iterative(optax.sgd(0.9), 2000, checkpoint="none"),
-    ],
-    ids=["auto", "dense", "cg", "neumann", "itd"],
+from bilevel_jax import Batch, Problem, Result, hypergrad, linear_solve
+from bilevel_jax.hypergrad import (
+    hypergradient,
+    implicit,
+    implicit_fixed_point,
+    implicit_root,
+    iterative,
+    one_step,
+    root_jvp,
+    root_vjp,
+    t1_t2,
+    zeroth_order,
 )
-def test_quadratic_closed_form(quadratic, method):
-    at = quadratic.at(quadratic.start.outer)
-    value, gradient, stats = jax.jit(hypergradient(quadratic.problem, method))(at.inner, at.outer, Batch(*quadratic.data))
-    np.testing.assert_allclose(gradient, quadratic.gradient(at.outer), rtol=1e-9, atol=1e-11)
-    np.testing.assert_allclose(value, quadratic.value(at.outer), rtol=1e-12)
+from tests.checks import whole
+from tests.tables import small
+
+close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11)
+
+
+def compiled(f):
+    """Under jit, with NumPy results, so that the checks compile nothing."""
+    f = jax.jit(f)
+    return lambda *args: jax.device_get(f(*args))
+
+
+def each(problem, methods, *args):
+    """``(value, gradient, Stats)`` of every method, compiled at once."""
+    return compiled(lambda args: {name: hypergradient(problem, method)(*args) for name, method in methods.items()})(args)
+
+
+def same(left, right, **tolerances):
+    jax.tree.map(partial(close, **tolerances), left, right)
+
+
+# --- the quadratic -----------------------------------------------------------------------------------------------------------
+
+EXACT = {
+    "auto": implicit(),
+    "cg": implicit(linear_solve.cg(max_steps=30, rtol=1e-12)),
+    "neumann": implicit(linear_solve.neumann(terms=1000, rate=0.9)),
+    "itd": iterative(optax.sgd(0.9), 1000, checkpoint="none"),
+}
+BIASED = {
+    "one step": one_step(optax.sgd(0.7)),
+    "t1-t2": t1_t2(0.7),
+    "neumann 9": implicit(linear_solve.neumann(terms=9, rate=0.7)),
+    "itd 20": iterative(optax.sgd(0.7), 20),
+    "itd 40": iterative(optax.sgd(0.7), 40),
+    "itd 60": iterative(optax.sgd(0.7), 60),
+}
+
+
+@cache
+def at_the_solution():
+    """Of all the methods, at (z*, x); and that point, value and gradient."""
+    q, x = small(), small().start.outer
+    point, value, gradient = compiled(lambda x: (q.at(x), q.value(x), q.gradient(x)))(x)
+    return each(q.problem, EXACT | BIASED, point.inner, x, whole(q)), point, value, gradient
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_closed_form(name):
+    results, point, value, gradient = at_the_solution()
+    ours, slope, stats = results[name]
+    close(slope, gradient)
+    close(ours, value)
     assert stats.inner_residual < 1e-12
     assert stats.code == Result.SUCCESSFUL
-    if stats.aux is not None:
-        np.testing.assert_allclose(stats.aux, at.aux, rtol=1e-8, atol=1e-10)
+    if stats.aux is None:
+        assert stats.adjoint_residual == np.inf
+    else:
+        close(stats.aux, point.aux)
         assert stats.adjoint_residual < 1e-9
 
 
-def test_logistic_against_finite_differences(logistic):
-    problem, batch, x, z = logistic
-    expected = reference(problem, batch, x)
-    for method in (implicit(), implicit(linear_solve.cg(max_steps=20, rtol=1e-13)), iterative(optax.sgd(0.5), 800)):
-        _, gradient, stats = jax.jit(hypergradient(problem, method))(z, x, batch)
-        np.testing.assert_allclose(gradient, expected, atol=2e-10)
-        assert stats.inner_residual < 1e-12
+def hessian():
+    return np.asarray(small().data.inner["A"].mean(0))
 
 
-def slope(errors, counts):
-    return np.polyfit(np.asarray(counts, float), np.log(np.asarray(errors)), 1)[0]
+def test_biased_methods_are_their_closed_forms():
+    """v = -A^-1 (I - (I - a A)^k) d_z f: k = 1 for one step and T1-T2, Q + 1 for a Neumann sum, D for D steps."""
+    results, point, _, gradient = at_the_solution()
+    cross = np.asarray(small().data.inner["C"].mean(0))
+    for name, k in {"one step": 1, "t1-t2": 1, "neumann 9": 10, "itd 20": 20}.items():
+        rest = np.linalg.matrix_power(np.eye(5) - 0.7 * hessian(), k) @ point.aux
+        close(results[name][1], gradient - cross @ rest, atol=1e-12)
+        if name in ("t1-t2", "neumann 9"):
+            close(results[name][2].aux, point.aux - rest, atol=1e-12)
+    close(results["t1-t2"][2].adjoint_residual, np.linalg.norm(hessian() @ (results["t1-t2"][2].aux - point.aux)))
+    assert np.linalg.norm(results["t1-t2"][1] - gradient) > 1e-2
 
 
 def test_truncation_error_of_itd_has_the_slope_of_theory():
-    """On a quadratic the error of D steps is (1 - a mu)^D: log(1 - a mu) within 5 %, from z* so that only d z*/dx errs."""
-    q = testing.quadratic(
-        jax.random.key(1), inner_dim=6, outer_dim=3, inner_samples=1, outer_samples=1, condition=20.0, dtype=jnp.float64
+    """The error of D steps goes like (1 - a mu)^D, from z*, so that only d z*/dx errs."""
+    results, _, _, gradient = at_the_solution()
+    errors = [np.linalg.norm(results[f"itd {d}"][1] - gradient) for d in (20, 40, 60)]
+    slope = np.polyfit([20, 40, 60], np.log(errors), 1)[0]
+    assert slope == pytest.approx(np.log(1 - 0.7 * np.linalg.eigvalsh(hessian())[0]), rel=0.05)
+
+
+def test_paths_that_start_elsewhere():
+    """Truncation is a short path from the last iterates; checkpoints change nothing but memory; weights reach the losses."""
+    q, x = small(), small().start.outer
+    sgd, adam = optax.sgd(0.5), optax.adam(0.1)
+    z = {0: np.asarray(q.start.inner)}
+    a, c, b = (np.asarray(q.data.inner[name].mean(0)) for name in "ACb")
+    for k in range(5):
+        z[k + 1] = z[k] - 0.5 * (a @ z[k] + x @ c + b)
+    paths = {kind: iterative(adam, 7, checkpoint=kind) for kind in ("none", "step", "sqrt")}
+    paths |= {"cut": iterative(sgd, 8, truncate=3), "no derivative": iterative(sgd, 8, truncate=0)}
+    found = each(q.problem, paths, z[0], x, whole(q))
+    for kind in ("step", "sqrt"):
+        same(found[kind], found["none"], rtol=1e-12, atol=1e-14)
+    short = each(q.problem, {"short": iterative(sgd, 3)}, z[5], x, whole(q))["short"]
+    same(found["cut"][:2], short[:2], rtol=1e-12, atol=1e-14)
+    assert (found["cut"][2].steps, short[2].steps) == (8, 3)
+    _, fx = compiled(jax.value_and_grad(lambda x, z: q.problem.outer(z, x, q.data.outer).mean()))(
+        x, found["no derivative"][2].inner
     )
-    at = q.at(q.start.outer)
-    counts = [60, 90, 120, 150]
-    errors = []
-    for d in counts:
-        _, gradient, _ = jax.jit(hypergradient(q.problem, iterative(optax.sgd(1.0), d)))(at.inner, at.outer, Batch(*q.data))
-        errors.append(float(jnp.linalg.norm(gradient - q.gradient(at.outer))))
-    assert slope(errors, counts) == pytest.approx(np.log(1 - 1 / 20), rel=0.05)
-
-
-def test_neumann_is_its_closed_form(quadratic):
-    at = quadratic.at(quadratic.start.outer)
-    eta, terms = 0.7, 9
-    a = quadratic.data.inner["A"].mean(0)
-    _, _, stats = hypergradient(quadratic.problem, implicit(linear_solve.neumann(terms=terms, rate=eta)))(
-        at.inner, at.outer, Batch(*quadratic.data)
-    )
-    power = jnp.linalg.matrix_power(jnp.eye(6) - eta * a, terms + 1)
-    np.testing.assert_allclose(stats.aux, (jnp.eye(6) - power) @ at.aux, atol=1e-12)
-    # a bound that costs no application more: the last term, of which the residual is the next
-    last = jnp.linalg.matrix_power(jnp.eye(6) - eta * a, terms) @ a @ at.aux
-    np.testing.assert_allclose(stats.adjoint_residual, jnp.linalg.norm(last), rtol=1e-8)
-    assert jnp.linalg.norm(power @ a @ at.aux) < stats.adjoint_residual
-
-
-def test_truncated_itd_is_a_short_itd_from_the_last_iterates(quadratic):
-    z, x, batch = quadratic.start.inner, quadratic.start.outer, Batch(*quadratic.data)
-    a, c, b = (quadratic.data.inner[k].mean(0) for k in "ACb")
-    for _ in range(15):
-        z = z - 0.5 * (a @ z + x @ c + b)
-    expected = hypergradient(quadratic.problem, iterative(optax.sgd(0.5), 5))(z, x, batch)[1]
-    actual = hypergradient(quadratic.problem, iterative(optax.sgd(0.5), 20, truncate=5))(quadratic.start.inner, x, batch)[1]
-    np.testing.assert_allclose(actual, expected, rtol=1e-12)
-
-
-@pytest.mark.parametrize("steps", [1, 7, 16])
-def test_checkpointing_changes_nothing_but_memory(logistic, steps):
-    problem, batch, x, _ = logistic
-    start = {"w": jnp.ones(5)}
-    run = lambda checkpoint: hypergradient(problem, iterative(optax.adam(0.1), steps, checkpoint=checkpoint))(start, x, batch)
-    plain = run("none")
-    for checkpoint in ("step", "sqrt"):
-        for one, other in zip(jax.tree.leaves(run(checkpoint)), jax.tree.leaves(plain), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-15)
+    close(found["no derivative"][1], fx)
 
 
 def test_sqrt_checkpoints_keep_less_memory():
@@ -146,223 +140,408 @@ def test_sqrt_checkpoints_keep_less_memory():
 
     def memory(checkpoint):
         run = hypergradient(problem, iterative(optax.sgd(0.1), 100, checkpoint=checkpoint))
-        with jax.disable_jit(False):
-            compiled = jax.jit(lambda z, x: run(z, x, Batch(inner=0, outer=0))[1]).lower(z, x).compile()
+        compiled = jax.jit(lambda z, x: run(z, x, Batch(inner=0, outer=0))[1]).lower(z, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert memory("sqrt") < 0.4 * memory("none")
 
 
-def test_one_step_and_t1_t2_agree_for_gradient_steps(quadratic):
-    at, batch = quadratic.at(quadratic.start.outer), Batch(*quadratic.data)
-    one = hypergradient(quadratic.problem, one_step(optax.sgd(1.0)))(at.inner, at.outer, batch)[1]
-    other = hypergradient(quadratic.problem, t1_t2())(at.inner, at.outer, batch)[1]
-    np.testing.assert_allclose(one, other, atol=1e-12)
-    assert jnp.linalg.norm(one - quadratic.gradient(at.outer)) > 1e-2  # both are biased
+def test_zeroth_order_is_the_gradient_of_the_path_on_average():
+    """The path is affine in x, so that differences are exact for any radius, and E u u' = I is the only error."""
+    q, x, directions = small(), small().start.outer, 4000
+    wide, narrow = (zeroth_order(optax.sgd(0.5), 4, directions=directions, radius=radius) for radius in (1.0, 1e-3))
+    run = lambda method, key: hypergradient(q.problem, method)(q.start.inner, x, whole(q), key=key)
+    found = compiled(lambda key: [run(method, key) for method in (wide, narrow, iterative(optax.sgd(0.5), 4, truncate=0))])
+    a, b, fx = found(jax.random.key(0))
+    exact = each(q.problem, {"": iterative(optax.sgd(0.5), 4)}, q.start.inner, x, whole(q))[""]
+    close(a[1], b[1], atol=1e-9)
+    close(a[0], exact[0])
+    bound = 3 * np.sqrt((x.size + 1) / directions) * np.linalg.norm(exact[1] - fx[1])
+    assert 0 < np.linalg.norm(a[1] - exact[1]) < bound < 0.2 * np.linalg.norm(exact[1] - fx[1])
 
 
-def test_warm_start_helps(quadratic):
-    at, batch = quadratic.at(quadratic.start.outer), Batch(*quadratic.data)
-    run = hypergradient(quadratic.problem, implicit(linear_solve.cg(max_steps=2, rtol=0.0)))
-    _, _, cold = run(at.inner, at.outer, batch)
-    _, _, warm = run(at.inner, at.outer, batch, guess=cold.aux)
+def test_warm_start_helps():
+    q, point = small(), at_the_solution()[1]
+    method = hypergradient(q.problem, implicit(linear_solve.cg(max_steps=2, rtol=0.0)))
+    run = compiled(lambda guess: method(point.inner, point.outer, whole(q), guess)[2])
+    cold = run(np.zeros(5))
+    warm = run(cold.aux)
     assert warm.adjoint_residual < 0.5 * cold.adjoint_residual
+    assert cold.code == warm.code == Result.MAX_STEPS_REACHED  # information, not a failure
+    assert run(np.asarray(point.aux)).steps == 1 + 1 + 2  # a guess that solves it already is seen to, once
+
+
+# --- an inner problem that is not quadratic ----------------------------------------------------------------------------------
+
+
+def test_logistic_against_finite_differences():
+    """grad h by central differences of the value at Newton solutions, in NumPy."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(30, 5)), rng.normal(size=(30, 5))
+    rows = (a, np.sign(a.sum(1))), (b, np.sign(b.sum(1) + 0.3))
+
+    def fit(z, data):
+        features, labels = data
+        return jax.nn.softplus(-labels * (features @ z["w"]))
+
+    def newton(x):
+        w = np.zeros(5)
+        for _ in range(12):
+            p = 1 / (1 + np.exp(rows[0][1] * (a @ w)))
+            slope = -a.T @ (p * rows[0][1]) / 30 + np.exp(x) * w
+            w = w - np.linalg.solve((a.T * (p * (1 - p))) @ a / 30 + np.diag(np.exp(x)), slope)
+        return w
+
+    problem = Problem(lambda z, x, d: fit(z, d) + 0.5 * jnp.sum(jnp.exp(x) * z["w"] ** 2), lambda z, x, d: fit(z, d))
+    x = np.linspace(-2.0, 0.0, 5)
+    h = lambda x: np.logaddexp(0, -rows[1][1] * (b @ newton(x))).mean()
+    expected = np.array([(h(x + s) - h(x - s)) / 2e-5 for s in 1e-5 * np.eye(5)])
+    methods = {
+        "auto": implicit(),
+        "cg": implicit(linear_solve.cg(max_steps=20, rtol=1e-13)),
+        "itd": iterative(optax.sgd(0.5), 500),
+    }
+    for value, gradient, stats in each(problem, methods, {"w": jnp.asarray(newton(x))}, jnp.asarray(x), Batch(*rows)).values():
+        np.testing.assert_allclose(gradient, expected, atol=2e-10)
+        close(value, h(x))
+        assert stats.inner_residual < 1e-12
+
+
+# --- failures ----------------------------------------------------------------------------------------------------------------
 
 
 def test_codes():
-    batch = Batch(inner=0, outer=0)
-    saddle = Problem(lambda z, x, _: z[0] ** 2 - z[1] ** 2 + x @ z, lambda z, x, _: jnp.sum(z) + x[0])
-    z, x = jnp.zeros(2), jnp.ones(2)
-    for solver in (linear_solve.cg(max_steps=10), linear_solve.dense(), linear_solve.auto()):
-        _, gradient, stats = hypergradient(saddle, implicit(solver))(z, x, batch)
-        assert stats.code == Result.NEGATIVE_CURVATURE
-        assert jnp.isfinite(gradient).all()
-    bowl = Problem(lambda z, x, _: jnp.sum((z - x) ** 2), lambda z, x, _: jnp.sum(z**2))
-    assert hypergradient(bowl, implicit(tolerance=1e-6))(z, x, batch)[2].code == Result.INNER_NOT_CONVERGED
-    assert hypergradient(bowl, implicit(tolerance=1e-6))(x, x, batch)[2].code == Result.SUCCESSFUL
-    assert hypergradient(bowl, implicit(linear_solve.neumann(terms=50, rate=3.0)))(x, x, batch)[2].code == Result.DIVERGED
-    assert hypergradient(bowl, iterative(optax.sgd(1e300), 5))(z, x, batch)[2].code == Result.NONFINITE
+    """Never a small residual as a success: the Hessian ``diag(a)`` of each row, by every kind of solver."""
+    problem = Problem(lambda z, x, a: 0.5 * jnp.sum(a * z**2) + x @ z, lambda z, x, _: jnp.sum(z) + x[0])
+    methods = {
+        "auto": implicit(),
+        "cg": implicit(linear_solve.cg(max_steps=10)),
+        "neumann": implicit(linear_solve.neumann(terms=50, rate=0.5)),
+        "inner": implicit(tolerance=1e-6),
+    }
+    run = compiled(
+        jax.vmap(lambda a, z: {name: hypergradient(problem, m)(z, jnp.ones(2), Batch(a, a))[1:] for name, m in methods.items()})
+    )
+    a = np.array([[1.0, -1.0], [1.0, 0.0], [1.0, np.nan], [1.0, np.inf], [1.0, 1.0], [1.0, 1.0], [9.0, 1.0]])
+    z = np.array([[-1.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [-1.0, -1.0], [0.0, 0.0], [-1 / 9, -1.0]])
+    found = run(a, z)
+    codes = {name: [Result(int(code)).name for code in stats.code] for name, (_, stats) in found.items()}
+    bad = ["NONFINITE", "NONFINITE"]
+    assert codes["auto"] == ["NEGATIVE_CURVATURE", "SINGULAR", *bad, "SUCCESSFUL", "SUCCESSFUL", "SUCCESSFUL"]
+    assert codes["cg"] == ["NEGATIVE_CURVATURE", "NEGATIVE_CURVATURE", *bad, "SUCCESSFUL", "SUCCESSFUL", "SUCCESSFUL"]
+    assert codes["neumann"] == [
+        "DIVERGED",
+        "SUCCESSFUL",
+        *bad,
+        "SUCCESSFUL",
+        "SUCCESSFUL",
+        "DIVERGED",
+    ]  # flat: see the residual
+    assert found["neumann"][1].adjoint_residual[1] > 0.9
+    assert codes["inner"] == ["NEGATIVE_CURVATURE", "SINGULAR", *bad, "SUCCESSFUL", "INNER_NOT_CONVERGED", "SUCCESSFUL"]
+    close(found["inner"][1].inner_residual[5], np.sqrt(2))
+    for gradient, stats in found.values():
+        assert np.isfinite(gradient[stats.code < Result.NONFINITE]).all()
+        assert np.isfinite(stats.aux).all()
+
+
+def test_a_path_that_overflows_says_so():
+    problem = Problem(lambda z, x, _: jnp.sum((z - x) ** 2), lambda z, x, _: jnp.sum(z**2))
+    for name, (_, _, stats) in each(
+        problem,
+        {"itd": iterative(optax.sgd(1e300), 5), "one": one_step(optax.sgd(0.1))},
+        jnp.zeros(2),
+        jnp.ones(2),
+        Batch(0, 0),
+    ).items():
+        assert stats.code == (Result.NONFINITE if name == "itd" else Result.SUCCESSFUL)
+
+
+FRESH = linear_solve.neumann(terms=3, rate=0.1, fresh=True)
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "error", "message"),
     [
-        (lambda: iterative(optax.sgd(0.1), 0), "steps: got 0, expected at least 1"),
-        (lambda: iterative(optax.sgd(0.1), 5, truncate=6), "truncate: got 6, expected at most steps = 5"),
-        (lambda: iterative(optax.sgd(0.1), 5, checkpoint="all"), "checkpoint: got 'all'"),
-        (lambda: implicit(linear_solve.neumann(terms=3, rate=0.1, fresh=True)), "fresh=False"),
+        (lambda: iterative(optax.sgd(0.1), 0), ValueError, "steps: got 0, expected at least 1"),
+        (lambda: iterative(optax.sgd(0.1), 5, truncate=6), ValueError, "truncate: got 6, expected at most steps = 5"),
+        (lambda: iterative(optax.sgd(0.1), 5, checkpoint="all"), ValueError, "checkpoint: got 'all'"),
+        (lambda: zeroth_order(optax.sgd(0.1), 5, directions=0), ValueError, "directions: got 0"),
+        (lambda: zeroth_order(optax.sgd(0.1), 5, radius=0.0), ValueError, "radius: got 0.0"),
+        (lambda: implicit(FRESH), ValueError, "solver: .* fresh=False"),
+        (lambda: implicit_root(jnp.sin, solver=FRESH), ValueError, "solver: .* fresh=False"),
+        (lambda: implicit_root(jnp.sin, solver=linear_solve.cg), TypeError, "solver: got function, expected a LinearSolver"),
+        (
+            lambda: root_vjp(lambda z, t: z - t, jnp.ones(2), (jnp.ones(2),), jnp.ones(3)),
+            ValueError,
+            r"cotangent: got float64\[3\]",
+        ),
+        (lambda: root_jvp(lambda z, t: (z, t), jnp.ones(()), (1.0,), (1.0,)), ValueError, "optimality: got the structure"),
     ],
 )
-def test_bad_methods(make, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_methods(make, error, message):
+    with pytest.raises(error, match=message):
         make()
 
 
-def test_bad_arguments(quadratic):
-    run, q = hypergradient(quadratic.problem, implicit()), quadratic
-    with pytest.raises(TypeError, match=r"z: got int64\[6\], expected a floating-point array"):
-        run(jnp.zeros(6, int), q.start.outer, Batch(*q.data))
-    with pytest.raises(TypeError, match="batch: got tuple"):
-        run(q.start.inner, q.start.outer, tuple(q.data))
-    with pytest.raises(ValueError, match="guess"):
-        run(q.start.inner, q.start.outer, Batch(*q.data), guess=jnp.zeros(5))
+def test_bad_arguments():
+    q = small()
+    run = hypergradient(q.problem, implicit())
+    for z, batch, options, error, message in (
+        (jnp.zeros(5, int), whole(q), {}, TypeError, r"z: got int64\[5\], expected a floating-point array"),
+        (q.start.inner, tuple(q.data), {}, TypeError, "batch: got tuple"),
+        (q.start.inner, whole(q), {"guess": jnp.zeros(4)}, ValueError, "guess"),
+    ):
+        with pytest.raises(error, match=message):
+            run(z, q.start.outer, batch, **options)
 
 
-class TestImplicitRoot:
-    """What users of jaxopt's custom_root and custom_fixed_point do, and what they miss there."""
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16])
+def test_dtype_is_kept(dtype):
+    problem = Problem(lambda z, x, _: jnp.sum((z["a"] - x) ** 2) + jnp.sum(z["b"] ** 2), lambda z, x, _: jnp.sum(z["a"] ** 2))
+    x = jax.ShapeDtypeStruct((3,), dtype)
+    for method in (implicit(), implicit(linear_solve.cg(max_steps=10)), iterative(optax.sgd(0.5), 4), t1_t2()):
+        value, gradient, stats = jax.eval_shape(hypergradient(problem, method), {"a": x, "b": x}, x, Batch(0, 0))
+        assert {leaf.dtype for leaf in (value, gradient, *stats.inner.values())} == {jnp.dtype(dtype)}
+        assert stats.inner_residual.dtype == (jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
-    @staticmethod
-    def ridge(solver=None, has_aux=False, positive_definite=True):
-        """argmin_z |A z - b|^2 / 2 + exp(theta) |z|^2 / 2 by gradient descent; closed form known."""
-        random = np.random.default_rng(1)
-        a, b = jnp.asarray(random.normal(size=(12, 4))), jnp.asarray(random.normal(size=12))
-        loss = lambda z, p: 0.5 * jnp.sum((a @ z["z"] - p["b"]) ** 2) + 0.5 * jnp.exp(p["theta"]) * jnp.sum(z["z"] ** 2)
 
-        @implicit_root(jax.grad(loss), solver=solver, positive_definite=positive_definite, has_aux=has_aux)
-        def solve(init, p):
-            step = lambda z: jax.tree.map(lambda z, d: z - 0.03 * d, z, jax.grad(loss)(z, p))
-            # a while loop: reverse mode cannot go through it
-            count, z = jax.lax.while_loop(lambda c: c[0] < 2000, lambda c: (c[0] + 1, step(c[1])), (0, init))
-            return (z, {"steps": count, "size": jnp.sum(z["z"])}) if has_aux else z
+def test_remainder_weights_reach_the_losses():
+    q = small()
+    weight = jnp.zeros(32).at[0].set(1.0)
+    batch = whole(q)._replace(weight=type(q.data)(weight, weight))
+    g = compiled(lambda z, x: hypergrad.bind(q.problem, batch).g(z, x))(*q.start[::2])
+    first = jax.tree.map(lambda leaf: leaf[:1], q.data.inner)
+    close(g, compiled(lambda z, x: q.problem.inner(z, x, first)[0])(*q.start[::2]))
 
-        closed = lambda p: {"z": jnp.linalg.solve(a.T @ a + jnp.exp(p["theta"]) * jnp.eye(4), a.T @ p["b"])}
-        return solve, closed, {"z": jnp.zeros(4)}, {"theta": jnp.asarray(0.3), "b": b}
 
-    @pytest.mark.parametrize(
-        "solver", [None, linear_solve.cg(max_steps=30, rtol=1e-13), linear_solve.dense(positive_definite=False)]
-    )
-    @pytest.mark.parametrize("jacobian", [jax.jacfwd, jax.jacrev])
-    def test_jacobians(self, solver, jacobian):
-        solve, closed, init, p = self.ridge(solver)
-        actual, expected = jax.jit(jacobian(lambda p: solve(init, p)))(p), jacobian(closed)(p)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), actual, expected)
+# --- derivatives of black boxes ----------------------------------------------------------------------------------------------
 
-    @pytest.mark.parametrize("positive_definite", [pytest.param(True, marks=pytest.mark.slow), False])
-    def test_hessian_through_a_solve(self, positive_definite):
-        solve, closed, init, p = self.ridge(positive_definite=positive_definite)
-        outer = lambda solve: lambda t: jnp.sum(solve({**p, "theta": t})["z"] ** 3)
-        for twice in (jax.hessian, lambda f: jax.grad(jax.grad(f)), lambda f: jax.jacfwd(jax.jacfwd(f))):
-            actual = twice(outer(lambda p: solve(init, p)))(p["theta"])
-            np.testing.assert_allclose(actual, jax.hessian(outer(closed))(p["theta"]), rtol=1e-8)
+A, B = np.random.default_rng(1).normal(size=(12, 4)), np.random.default_rng(2).normal(size=12)
+P = {"theta": np.float64(0.3), "b": B}
+INIT = {"z": np.zeros(4)}
 
-    def test_vmap_of_gradients_and_gradients_of_vmap(self):
-        solve, closed, init, p = self.ridge()
-        thetas = jnp.linspace(-1.0, 1.0, 3)
-        f = lambda solve: lambda t: jnp.sum(solve({**p, "theta": t})["z"] ** 2)
-        ours = f(lambda p: solve(init, p))
-        expected = jax.vmap(jax.grad(f(closed)))(thetas)
-        np.testing.assert_allclose(jax.vmap(jax.grad(ours))(thetas), expected, rtol=1e-9)
-        np.testing.assert_allclose(jax.grad(lambda t: jax.vmap(ours)(t).sum())(thetas), expected, rtol=1e-9)
 
-    def test_aux_outputs(self):
-        solve, closed, init, p = self.ridge(has_aux=True)
+def ridge(has_aux=False, **options):
+    """argmin_z |A z - b|^2 / 2 + exp(theta) |z|^2 / 2 by gradient descent."""
+    loss = lambda z, p: 0.5 * jnp.sum((A @ z["z"] - p["b"]) ** 2) + 0.5 * jnp.exp(p["theta"]) * jnp.sum(z["z"] ** 2)
 
-        def outer(p):
+    @implicit_root(jax.grad(loss), has_aux=has_aux, **options)
+    def solve(init, p):
+        step = lambda z: jax.tree.map(lambda z, d: z - 0.03 * d, z, jax.grad(loss)(z, p))
+        # a while loop: reverse mode cannot go through it
+        count, z = jax.lax.while_loop(lambda c: c[0] < 500, lambda c: (c[0] + 1, step(c[1])), (0, init))
+        return (z, {"steps": count, "size": jnp.sum(z["z"])}) if has_aux else z
+
+    return solve
+
+
+def closed(init, p):
+    return {"z": jnp.linalg.solve(A.T @ A + jnp.exp(p["theta"]) * jnp.eye(4), A.T @ p["b"])}
+
+
+SOLVERS = {
+    "auto": {"positive_definite": True},
+    "auto, not symmetric": {},
+    "cg": {"solver": linear_solve.cg(max_steps=30, rtol=1e-13), "positive_definite": True},
+    "richardson": {"solver": linear_solve.richardson(steps=300, rate=0.04)},
+}
+
+
+def test_jacobians():
+    """Forward and reverse, by several solvers."""
+
+    def jacobians(solve):
+        return jax.jacfwd(solve, 1)(INIT, P), jax.jacrev(solve, 1)(INIT, P)
+
+    names = ("auto", "cg", "richardson")
+    *found, expected = compiled(lambda: [jacobians(ridge(**SOLVERS[name])) for name in names] + [jacobians(closed)])()
+    for ours in found:
+        same(ours, expected)
+
+
+@pytest.mark.parametrize("name", ["auto", "auto, not symmetric", pytest.param("cg", marks=pytest.mark.slow)])
+def test_hessian_through_a_solve(name):
+    """jax.hessian, reverse over reverse, forward over forward; of a function of theta."""
+
+    def hessians(solve):
+        f = lambda theta: jnp.sum(solve(INIT, {**P, "theta": theta})["z"] ** 3)
+        return [
+            twice(f)(P["theta"])
+            for twice in (jax.hessian, lambda f: jax.grad(jax.grad(f)), lambda f: jax.jacfwd(jax.jacfwd(f)))
+        ]
+
+    ours, expected = compiled(lambda: (hessians(ridge(**SOLVERS[name])), hessians(closed)))()
+    same(ours, expected, rtol=1e-8)
+
+
+def test_vmap_of_gradients_and_gradients_of_vmap():
+    thetas = jnp.linspace(-1.0, 1.0, 3)
+
+    def slopes(solve):
+        f = lambda theta: jnp.sum(solve(INIT, {**P, "theta": theta})["z"] ** 2)
+        return jax.vmap(jax.grad(f))(thetas), jax.grad(lambda thetas: jax.vmap(f)(thetas).sum())(thetas)
+
+    ours, expected = compiled(lambda: (slopes(ridge(positive_definite=True)), slopes(closed)))()
+    same(ours, expected)
+
+
+def test_aux_outputs_and_init_get_no_derivative():
+    def outer(solve):
+        def value(init, p):
             z, aux = solve(init, p)
             return jnp.sum(z["z"] ** 2) + aux["size"], aux
 
-        gradient, aux = jax.jit(jax.grad(outer, has_aux=True))(p)
-        assert aux["steps"] == 2000
-        expected = jax.grad(lambda p: jnp.sum(closed(p)["z"] ** 2))(p)  # aux is not differentiated
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), gradient, expected)
+        return jax.grad(value, (0, 1), has_aux=True)(INIT, P)
 
-    def test_init_gets_no_derivative(self):
-        solve, _, init, p = self.ridge()
-        gradient = jax.grad(lambda init: jnp.sum(solve(init, p)["z"]))(init)
-        np.testing.assert_array_equal(gradient["z"], jnp.zeros(4))
-
-    def test_several_parameters_and_integers(self):
-        @implicit_root(lambda z, a, k, b: z * a - k.astype(float) * b)
-        def solve(init, a, k, b):
-            return k.astype(float) * b / a
-
-        gradients = jax.grad(solve, argnums=(1, 3))(jnp.ones(()), jnp.asarray(2.0), jnp.asarray(3), jnp.asarray(5.0))
-        np.testing.assert_allclose(gradients, (-15 / 4, 3 / 2))
-
-    def test_projected_gradient(self):
-        """A box-constrained least squares, by its fixed point: derivatives on the free coordinates only."""
-        m = jnp.array([[2.0, 0.5], [0.5, 1.0]])
-
-        def step(z, theta):
-            return jnp.clip(z - 0.3 * (m @ z - theta), 0.0, 1.0)
-
-        @implicit_fixed_point(step)
-        def solve(init, theta):
-            return jax.lax.fori_loop(0, 300, lambda _, z: step(z, theta), init)
-
-        theta = jnp.array([1.0, 3.0])  # the second coordinate is at its bound
-        jacobian = jax.jacrev(solve, argnums=1)(jnp.zeros(2), theta)
-        np.testing.assert_allclose(jacobian, [[0.5, 0.0], [0.0, 0.0]], atol=1e-12)
-
-    def test_non_symmetric_system(self):
-        m = jnp.array([[2.0, 1.0], [0.0, 3.0]])
-        solve = implicit_root(lambda z, theta: m @ z - theta)(lambda init, theta: jnp.linalg.solve(m, theta))
-        for jacobian in (jax.jacfwd, jax.jacrev):
-            actual = jacobian(solve, argnums=1)(jnp.zeros(2), jnp.ones(2))
-            np.testing.assert_allclose(actual, jnp.linalg.inv(m), atol=1e-13)
-
-    def test_a_solver_of_another_library_through_a_callback(self):
-        from sklearn.linear_model import Ridge
-
-        random = np.random.default_rng(2)
-        a, b = random.normal(size=(20, 3)), random.normal(size=20)
-
-        @implicit_root(lambda z, alpha: a.T @ (a @ z - b) + alpha * z, positive_definite=True)
-        def solve(init, alpha):
-            fit = lambda alpha: Ridge(alpha=float(alpha), fit_intercept=False, tol=1e-12).fit(a, b).coef_
-            return jax.pure_callback(fit, jax.ShapeDtypeStruct((3,), jnp.float64), alpha, vmap_method="sequential")
-
-        closed = lambda alpha: jnp.linalg.solve(a.T @ a + alpha * jnp.eye(3), a.T @ b)
-        alphas = jnp.array([0.5, 2.0])
-        actual = jax.jit(jax.vmap(jax.jacrev(lambda alpha: solve(jnp.zeros(3), alpha))))(alphas)
-        np.testing.assert_allclose(actual, jax.vmap(jax.jacfwd(closed))(alphas), rtol=1e-8)
-
-    def test_nested(self):
-        """A bilevel problem inside a bilevel problem: z(y) inside y(x)."""
-        inner = implicit_root(lambda z, y: 3 * z - jnp.sin(y), positive_definite=True)(lambda init, y: jnp.sin(y) / 3)
-
-        def middle(y, x):
-            return y - 0.5 * inner(jnp.zeros(()), y) * x - x**2
-
-        @implicit_root(middle)
-        def outer(init, x):
-            return jax.lax.fori_loop(0, 60, lambda _, y: 0.5 * inner(jnp.zeros(()), y) * x + x**2, init)
-
-        x = jnp.asarray(0.7)
-        actual = jax.grad(outer, argnums=1)(jnp.zeros(()), x)
-        slope = (outer(jnp.zeros(()), x + 1e-5) - outer(jnp.zeros(()), x - 1e-5)) / 2e-5
-        np.testing.assert_allclose(actual, slope, rtol=1e-8)
-
-    def test_the_backward_pass_compiles_once(self):
-        solve, _, init, p = self.ridge()
-        traces = []
-
-        @jax.jit
-        def gradient(p):
-            traces.append(1)
-            return jax.grad(lambda p: jnp.sum(solve(init, p)["z"]))(p)
-
-        for theta in (0.1, 0.2, 0.3):
-            gradient({**p, "theta": jnp.asarray(theta)})
-        assert len(traces) == 1
-
-    def test_wrong_structure_of_the_optimality(self):
-        solve = implicit_root(lambda z, theta: (z - theta, z))(lambda init, theta: theta)
-        with pytest.raises(ValueError, match="optimality: got the structure"):
-            jax.grad(solve, argnums=1)(jnp.zeros(()), jnp.ones(()))
+    without = lambda init, p: (closed(init, p), {"size": 0.0})
+    ((init, gradient), aux), (expected, _) = compiled(lambda: (outer(ridge(has_aux=True)), outer(without)))()
+    assert aux["steps"] == 500
+    same(gradient, expected[1])
+    np.testing.assert_array_equal(init["z"], 0)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_dtype_is_kept(dtype):
-    q = testing.quadratic(jax.random.key(0), inner_dim=4, outer_dim=3, inner_samples=2, outer_samples=2, dtype=dtype)
-    for method in (implicit(), implicit(linear_solve.cg(max_steps=10)), iterative(optax.sgd(0.5), 4), t1_t2()):
-        value, gradient, stats = hypergradient(q.problem, method)(q.start.inner, q.start.outer, Batch(*q.data))
-        assert {leaf.dtype for leaf in (value, gradient, stats.inner, stats.inner_residual)} == {jnp.dtype(dtype)}
+def test_several_parameters_and_integers():
+    """Eagerly too: numbers that are not differentiated, keys and None among them."""
+
+    @implicit_root(lambda z, a, k, b, rest: z * a - k.astype(float) * b)
+    def solve(init, a, k, b, rest):
+        return k.astype(float) * b / a
+
+    rest = {"key": jax.random.key(0), "none": None, "flag": jnp.array(True)}
+    gradients = jax.grad(solve, argnums=(1, 3))(jnp.ones(()), jnp.asarray(2.0), jnp.asarray(3), jnp.asarray(5.0), rest)
+    close(gradients, (-15 / 4, 3 / 2))
 
 
-def test_remainder_weights_reach_the_losses(quadratic):
-    weight = jnp.array([1.0, 0.0, 0.0, 0.0])
-    batch = Batch(*quadratic.data)._replace(weight=type(quadratic.data)(weight, weight))
-    g = hypergrad.bind(quadratic.problem, batch).g(quadratic.start.inner, quadratic.start.outer)
-    first = jax.tree.map(lambda leaf: leaf[:1], quadratic.data.inner)
-    np.testing.assert_allclose(g, quadratic.problem.inner(quadratic.start.inner, quadratic.start.outer, first)[0])
+def test_fixed_points():
+    """Projected gradient on a box: derivatives on the free coordinates only; and a system that is not symmetric."""
+    m, n = jnp.array([[2.0, 0.5], [0.5, 1.0]]), jnp.array([[2.0, 1.0], [0.0, 3.0]])
+    step = lambda z, theta: jnp.clip(z - 0.3 * (m @ z - theta), 0.0, 1.0)
+
+    @implicit_fixed_point(step)
+    def box(init, theta):
+        return jax.lax.fori_loop(0, 300, lambda _, z: step(z, theta), init)
+
+    skew = implicit_root(lambda z, theta: n @ z - theta)(lambda init, theta: jnp.linalg.solve(n, theta))
+    theta = jnp.array([1.0, 3.0])  # the second coordinate is at its bound
+    for on_box, off in compiled(
+        lambda: [(f(box, 1)(0 * theta, theta), f(skew, 1)(0 * theta, theta)) for f in (jax.jacfwd, jax.jacrev)]
+    )():
+        close(on_box, [[0.5, 0.0], [0.0, 0.0]])
+        close(off, np.linalg.inv(n))
+
+
+def test_nested():
+    """A bilevel problem inside a bilevel problem: z(y) inside y(x)."""
+    inner = implicit_root(lambda z, y: 3 * z - jnp.sin(y), positive_definite=True)(lambda init, y: jnp.sin(y) / 3)
+    image = lambda y, x: 0.5 * inner(jnp.zeros(()), y) * x + x**2
+
+    @implicit_fixed_point(image)
+    def outer(init, x):
+        return jax.lax.fori_loop(0, 60, lambda _, y: image(y, x), init)
+
+    run = compiled(jax.value_and_grad(lambda x: outer(jnp.zeros(()), x)))
+    slope = (run(0.7 + 1e-5)[0] - run(0.7 - 1e-5)[0]) / 2e-5
+    close(run(0.7)[1], slope, rtol=1e-8)
+
+
+@pytest.mark.parametrize("library", ["sklearn", "optimistix"])
+def test_a_solver_of_another_library(library):
+    """Through a callback to the host under jit and vmap, or in JAX under its own promotion rules."""
+    closed = lambda alpha: jnp.linalg.solve(A.T @ A + alpha * jnp.eye(4), A.T @ B)
+    optimality = lambda z, alpha: A.T @ (A @ z - B) + alpha * z
+    if library == "sklearn":
+        Ridge = pytest.importorskip("sklearn.linear_model").Ridge
+
+        def fit(init, alpha):
+            host = lambda alpha: Ridge(alpha=float(alpha), fit_intercept=False, tol=1e-12).fit(A, B).coef_
+            return jax.pure_callback(host, jax.ShapeDtypeStruct((4,), jnp.float64), alpha, vmap_method="sequential")
+    else:
+        optimistix = pytest.importorskip("optimistix")
+
+        def fit(init, alpha):
+            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+                return optimistix.root_find(optimality, optimistix.Newton(rtol=1e-10, atol=1e-10), init, alpha).value
+
+    solve = implicit_root(optimality, positive_definite=True)(fit)
+    alphas = jnp.array([0.5, 2.0])
+    ours, expected = compiled(
+        lambda: (jax.vmap(jax.jacrev(solve, 1), (None, 0))(jnp.zeros(4), alphas), jax.vmap(jax.jacfwd(closed))(alphas))
+    )()
+    close(ours, expected, rtol=1e-8)
+
+
+def test_plain_python_and_the_backward_pass_is_compiled_once():
+    """A solver that only runs on the host, outside of jit: its optimality is not traced again for new values."""
+    traces = []
+
+    def optimality(z, theta):
+        traces.append(1)
+        return A.T @ (A @ z - B) + jnp.exp(theta) * z
+
+    solve = implicit_root(optimality, positive_definite=True)(
+        lambda init, theta: jnp.asarray(np.linalg.solve(A.T @ A + np.exp(float(theta)) * np.eye(4), A.T @ B))
+    )
+    slope = jax.grad(lambda theta: jnp.sum(solve(jnp.zeros(4), theta)))
+    first = slope(jnp.asarray(0.1))
+    count = len(traces)
+    second = slope(jnp.asarray(0.2))
+    assert len(traces) == count
+    for theta, got in ((0.1, first), (0.2, second)):
+        inverse = np.linalg.inv(A.T @ A + np.exp(theta) * np.eye(4))
+        close(got, -np.exp(theta) * np.sum(inverse @ inverse @ A.T @ B))
+
+
+def test_failed_systems_give_nan_and_their_functions_say_why():
+    """z^2 = theta: singular at 0, of negative curvature at the lower root, not solved elsewhere."""
+    optimality = lambda z, theta: z**2 - theta
+    roots = {pd: implicit_root(optimality, positive_definite=pd)(lambda init, theta: init) for pd in (True, False)}
+    one = jnp.ones(())
+
+    def at(z):
+        theta = z**2
+        slopes = [slope(roots[pd], 1)(z, theta) for pd in (True, False) for slope in (jax.grad, jax.jacfwd)]
+        told = [root_vjp(optimality, z, (theta + 0.1,), one, positive_definite=pd, tolerance=0.01) for pd in (True, False)]
+        return slopes, told, root_jvp(optimality, z, (theta,), (one,))
+
+    slopes, told, along = compiled(jax.vmap(at))(np.array([2.0, 0.0, -2.0, np.nan]))
+    for slope in slopes[:2]:
+        np.testing.assert_array_equal(slope, [0.25, np.nan, np.nan, np.nan])
+    for slope in slopes[2:]:
+        np.testing.assert_array_equal(slope, [0.25, np.nan, -0.25, np.nan])
+    codes = [[Result(int(code)).name for code in stats.code] for _, stats in (*told, along)]
+    assert codes[0] == ["INNER_NOT_CONVERGED", "SINGULAR", "NEGATIVE_CURVATURE", "NONFINITE"]
+    assert codes[1] == ["INNER_NOT_CONVERGED", "SINGULAR", "INNER_NOT_CONVERGED", "NONFINITE"]
+    assert codes[2] == ["SUCCESSFUL", "SINGULAR", "SUCCESSFUL", "NONFINITE"]
+    close(told[1][1].inner_residual[:3], 0.1)
+    close(told[1][0][0][:3], [0.25, 0, -0.25])
+    close(told[1][1].aux[:3], [-0.25, 0, 0.25])
+    close(along[0][:3], [0.25, 0, -0.25])
+
+
+def test_few_steps_are_no_failure():
+    """What the solver was told to do: a biased derivative, not NaN."""
+    solve = ridge(solver=linear_solve.cg(max_steps=1), positive_definite=True)
+    slope = compiled(jax.grad(lambda p: jnp.sum(solve(INIT, p)["z"])))(P)["theta"]
+    assert np.isfinite(slope)
+    assert slope != 0
+
+
+def test_what_is_differentiated_must_be_a_parameter():
+    def solve_at(x):
+        solve = implicit_root(lambda z, y: z - x * y)(lambda init, y: x * y)
+        return solve(jnp.zeros(()), x)
+
+    with pytest.raises(jax.errors.UnexpectedTracerError):
+        jax.grad(solve_at)(2.0)
+    slope = jax.vmap(jax.grad(lambda y, c: implicit_root(lambda z, y: z - c * y)(lambda init, y: c * y)(y, y)), (None, 0))
+    close(compiled(slope)(2.0, np.arange(3.0)), np.arange(3.0))  # what is not, may be closed over
+
+
+def test_wrong_structures():
+    for make, message in (
+        (implicit_root(lambda z, theta: (z - theta, z)), "optimality: got the structure"),
+        (implicit_fixed_point(lambda z, theta: theta[None]), r"fixed_point: got float64\[1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.grad(make(lambda init, theta: theta), argnums=1)(jnp.zeros(()), jnp.ones(()))
