@@ -184,9 +184,12 @@ def check_same(left: Any, right: Any, tol: float = 0.0) -> None:
 
 
 def walk(solver: Solver, start: Vars, batches: Iterable[Batch]) -> list[Vars]:
-    """The iterates of a solver, one operation at a time: identities hold bit for bit, as nothing is fused."""
+    """The iterates of a solver, one operation at a time: identities hold bit for bit, as nothing is fused.
+
+    Under the usual promotion: without jit, an int32 that is compared with an enum is compared with an int64.
+    """
     iterates = []
-    with jax.disable_jit():
+    with jax.disable_jit(), jax.numpy_dtype_promotion("standard"):
         state = None
         for batch in batches:
             state = solver.init(start, batch) if state is None else state

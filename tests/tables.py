@@ -11,14 +11,40 @@ import optax
 import pytest
 
 from bilevel_jax import Batch, BilevelState, Levels, Problem, Solver, Vars, samplers, solvers
+from bilevel_jax.linear_solve import cg, richardson
 from bilevel_jax.samplers import Sampler
 from bilevel_jax.testing import Quadratic, quadratic
 
-THETA, PERIOD, PROBABILITY = 0.3, 4, 0.3  # of MA-SOBA, SRBA and SPABA
+THETA, PERIOD, PROBABILITY = 0.3, 4, 0.3  # of MA-SOBA, SRBA (and VRBO) and SPABA
 STEPS = Vars(0.2, 0.2, 0.1)
 
-#: name -> (problem, opts) -> solver.
-SOLVERS: dict[str, Callable[[Problem, Vars], Solver]] = {
+Rows = dict[str, Callable[[Problem, Vars], Solver]]
+
+
+def without_aux(make: Callable[..., Solver], **options: Any) -> Callable[[Problem, Vars], Solver]:
+    """A row of a solver that solves for v, or has none."""
+    return lambda problem, opts: make(problem, opts._replace(aux=None), **options)
+
+
+def without_opts(make: Callable[..., Solver]) -> Callable[[Problem, Vars], Solver]:
+    """A row of a solver whose steps come from constants, such as hold on both problems below."""
+    return lambda problem, opts: make(problem, **CONSTANTS, inner_steps=2, aux_steps=2)
+
+
+RATE, MU, TAU, RADIUS, NESTED = 0.5, 0.2, 0.4, 0.01, (2, 1)  # of linear solvers; of STABLE; of PZOBO; of stocBiO
+CONSTANTS = {"smoothness": 2.0, "strong_convexity": MU, "outer_smoothness": 3.0, "outer_strong_convexity": 0.5}
+
+
+def falling_rate(t: Any) -> Any:
+    return RATE * (t + 1.0) ** -0.25
+
+
+def growing_steps(t: Any) -> Any:
+    return (t + 1.0) ** 0.5
+
+
+#: name -> (problem, opts) -> solver.  Those that move all three variables with the optimisers given,
+SINGLE_LOOP: Rows = {
     "soba": solvers.soba,
     "ma_soba": partial(solvers.ma_soba, theta=THETA),
     "saba": solvers.saba,
@@ -27,8 +53,40 @@ SOLVERS: dict[str, Callable[[Problem, Vars], Solver]] = {
     "storm_soba": solvers.storm_soba,
     "fsla": solvers.fsla,
 }
+#: those that move z and x,
+NESTED_LOOPS: Rows = {
+    "aid_bio": without_aux(solvers.aid_bio, inner_steps=2, linear_solver=cg(max_steps=2, rtol=1e-9)),
+    "aid_fp": without_aux(solvers.aid_bio, inner_steps=2, linear_solver=richardson(steps=2, rate=RATE)),
+    "ba": without_aux(solvers.ba, inner_steps=growing_steps),
+    "hoag": without_aux(solvers.hoag),
+    "bsa": without_aux(solvers.bsa, rate=falling_rate, inner_steps=2, terms=2),
+    "ttsa": without_aux(solvers.ttsa, rate=RATE, terms=3),
+    "stocbio": without_aux(solvers.stocbio, rate=RATE, inner_steps=1, terms=2, batches=NESTED),
+    "amigo": without_aux(solvers.amigo, aux_rate=falling_rate, inner_steps=2, aux_steps=2),
+    "mrbo": without_aux(solvers.mrbo, rate=RATE, terms=2),
+    "sustain": without_aux(solvers.sustain, rate=RATE, terms=2),
+    "vrbo": without_aux(solvers.vrbo, rate=RATE, period=PERIOD, inner_steps=2, terms=2),
+    "stable": without_aux(solvers.stable, strong_convexity=MU, tau=TAU),
+    "itd_bio": without_aux(solvers.itd_bio, inner_steps=2, checkpoint="none", fresh=True),
+    "fo_itd_bio": without_aux(solvers.fo_itd_bio, inner_steps=2),
+    "pzobo": without_aux(solvers.pzobo, inner_steps=2, radius=RADIUS),
+}
+#: and those that bring their own steps.
+ACCELERATED: Rows = {"accbio": without_opts(solvers.accbio), "accbio_bg": without_opts(solvers.accbio_bg)}
+SOLVERS: Rows = SINGLE_LOOP | NESTED_LOOPS | ACCELERATED
+
+#: Rows that are made of the same stages as another one: what compiles runs on them in the slow suite only.
+ALIKE = {"aid_bio", "aid_fp", "ba", "ttsa", "stocbio", "amigo", "mrbo", "fo_itd_bio", "accbio"}
 
 every_solver = pytest.mark.parametrize("name", SOLVERS)
+
+
+def kinds(*without: str) -> Any:
+    names = [name for name in SOLVERS if name not in without]
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in names])
+
+
+every_kind = kinds()
 
 
 def build(name: str, problem: Problem, steps: Vars = STEPS) -> Solver:

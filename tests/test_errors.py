@@ -16,14 +16,16 @@ from bilevel_jax.estimators import ema, page, saga, sarah, storm
 from bilevel_jax.testing import quadratic
 from bilevel_jax.types import Slot
 from tests.checks import ZERO
-from tests.tables import SOLVERS, every_solver
+from tests.tables import NESTED_LOOPS, SINGLE_LOOP, SOLVERS
 
 ROWS = (10, 6)
 OPTS = Vars(*map(optax.sgd, (0.1, 0.1, 0.1)))
 
 
 def good() -> Problem:
-    return Problem(lambda z, x, a: ((z[None] - a) ** 2).sum(1) + x.sum() * z.sum(), lambda z, x, b: ((z[None] - b) ** 2).sum(1))
+    return Problem(
+        lambda z, x, a: ((z[None] - a) ** 2).sum(1) + x.sum() * z.sum(), lambda z, x, b: ((z[None] - b) ** 2).sum(1) + x.sum()
+    )
 
 
 def start() -> Vars:
@@ -350,9 +352,12 @@ def test_counts_are_positive_ints(name, given):
     refused(partial(COUNTS[name], given), error, (f"{name.split(' of ')[0]}: {says}",))
 
 
-@every_solver
-@pytest.mark.parametrize("missing", Vars._fields)
-def test_every_solver_wants_three_optimisers(name, missing):
+#: The variables that a solver moves.
+MOVED = dict.fromkeys(SINGLE_LOOP, Vars._fields) | dict.fromkeys(NESTED_LOOPS, ("inner", "outer"))
+
+
+@pytest.mark.parametrize(("name", "missing"), [(name, missing) for name in MOVED for missing in MOVED[name]])
+def test_every_solver_wants_an_optimiser_of_what_it_moves(name, missing):
     call = partial(SOLVERS[name], good(), OPTS._replace(**{missing: None}))
     refused(call, ValueError, (f"opts.{missing}", "None", "expected an optax transformation"))
 

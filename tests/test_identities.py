@@ -13,9 +13,34 @@ from bilevel_jax.estimators import ema, flush, page, plain, saga, sarah, storm, 
 from bilevel_jax.samplers import take_draw
 from bilevel_jax.types import Table, Terms
 from tests.checks import ZERO, check_same, hand, points, walk, whole
-from tests.tables import STEPS, build, distance, donated_update, every_solver, stream, tiny, tiny_sampler
+from tests.tables import (
+    PERIOD,
+    RATE,
+    STEPS,
+    build,
+    distance,
+    donated_update,
+    every_solver,
+    kinds,
+    stream,
+    tiny,
+    tiny_sampler,
+)
 
 OPTS = Vars(*map(optax.sgd, STEPS))
+
+
+#: name -> the ratios r = 1 - v / v* that its truncation leaves, one for every random length, given the inner curvature.
+BIASED = {
+    "stocbio": lambda a: [(1 - RATE * a) ** 3],
+    "mrbo": lambda a: [(1 - RATE * a) ** 3],
+    "vrbo": lambda a: [(1 - RATE * a) ** 3],
+    "bsa": lambda a: [1 - 2 * RATE * a * (1 - RATE * a) ** p for p in range(2)],
+    "ttsa": lambda a: [1 - 3 * RATE * a * (1 - RATE * a) ** p for p in range(3)],
+    "sustain": lambda a: [1 - 2 * RATE * a * (1 - RATE * a) ** p for p in range(2)],
+    "itd_bio": lambda a: [(1 - STEPS.inner * a) ** 2],
+    "fo_itd_bio": lambda a: [1.0],
+}
 
 
 def jump(solver: Solver, start: Vars, batches: list[Batch]) -> list[Vars]:
@@ -167,17 +192,33 @@ def test_saga_is_unbiased_whatever_the_table_holds():
     assert distance(every[0], mean) > 1e-3
 
 
-@every_solver
-def test_start_at_the_solution_does_not_move_on_full_batches(name):
-    q = tiny()
-    solver = build(name, q.problem)
+def full_updates(name: str, count: int) -> list[Vars]:
+    """The iterates from the solution, on full batches."""
+    q, solver = tiny(), build(name, tiny().problem)
     update = jax.jit(solver.update, donate_argnums=0)
     batches = samplers.full().batches(q.data, jax.random.key(2), 0, solver.draws)
-    state = solver.init(q.solution, batches)
-    for _ in range(2 * 4 + 1):  # twice SRBA's period
+    state, iterates = solver.init(q.solution, batches), []
+    for _ in range(count):
         state = update(state, batches)
-    assert distance(state.vars, q.solution) < 1e-12
-    assert int(state.step) == 9
+        iterates.append(jax.tree.map(np.asarray, state.vars))
+    assert int(state.step) == count
+    return iterates
+
+
+@kinds(*BIASED, "pzobo")
+def test_start_at_the_solution_does_not_move_on_full_batches(name):
+    assert distance(full_updates(name, 2 * PERIOD + 1)[-1], tiny().solution) < 1e-12
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_start_at_the_solution_moves_by_the_bias(name):
+    """A truncated v is (1 - r) v*, with an r of the solver, and x moves away by its step times r v*; z is solved for."""
+    moved, (z, v, x) = full_updates(name, 1)[0], tiny().solution
+    found = (moved.outer - x) / (STEPS.outer * v)
+    assert min(abs(found - ratio) for ratio in BIASED[name](float(tiny().data.inner[0].mean()))) < 1e-12
+    assert abs(found) > 1e-2
+    if name != "vrbo":  # which moves z at the new x
+        assert distance(moved.inner, z) < 1e-13
 
 
 @every_solver

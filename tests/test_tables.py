@@ -207,9 +207,15 @@ def primitives(jaxpr: Any) -> list[str]:
     return names
 
 
+#: In the program of one run, and of several.
+BRANCHES = {"srba": (1, 1), "vrbo": (1, 1), "spaba": (1, 0), "sustain": (2, 0)}
+BRANCHES |= dict.fromkeys(("aid_bio", "ba", "hoag", "bsa", "ttsa"), (1, 0))
+
+
 @pytest.mark.parametrize(("name", "guarded"), [*((name, False) for name in SOLVERS), ("srba", True)])
 def test_branches_under_vmap(name, guarded):
-    """SRBA's refresh stays a branch under vmap over keys; SPABA's coins differ from lane to lane, so it cannot."""
+    """Refreshes stay branches under vmap over keys; SPABA's coins, lengths of products and checks of conjugate gradients
+    differ from lane to lane, so they cannot."""
     q, solver = tiny(), build(name, tiny().problem)
     solver = guard(solver) if guarded else solver
 
@@ -218,7 +224,7 @@ def test_branches_under_vmap(name, guarded):
 
     alone = primitives(jax.make_jaxpr(go)(jax.random.key(0)).jaxpr).count("cond")
     lanes = primitives(jax.make_jaxpr(jax.vmap(go))(jax.random.split(jax.random.key(0), LANES)).jaxpr).count("cond")
-    assert (alone, lanes) == {"srba": (1, 1), "spaba": (1, 0)}.get(name, (0, 0))
+    assert (alone, lanes) == BRANCHES.get(name, (0, 0))
 
 
 def test_what_spaba_costs_under_vmap_is_documented():
