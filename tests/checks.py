@@ -17,7 +17,7 @@ from bilevel_jax.samplers import Plan, Sampler
 from bilevel_jax.testing import Quadratic
 from bilevel_jax.types import Oracle, Terms
 from tests import references
-from tests.tables import STEPS, Setting, distance
+from tests.tables import PROBABILITY, STEPS, Setting, distance
 
 ZERO = np.int32(0)
 
@@ -147,11 +147,45 @@ def decay(step: float, library: bool) -> Any:
     return optax.sgd(lambda t: step * (t + 1.0) ** -0.5) if library else lambda t: step * (t + 1) ** -0.5
 
 
+def lengths(batches: list[Batch], draw: int, terms: int) -> list[int]:
+    """Of the random products, which take the key of one draw of an update."""
+    assert batches[0].key is not None
+    keys = jnp.stack([batch.key[draw] for batch in batches])
+    found = jax.jit(jax.vmap(lambda key: jax.random.randint(key, (), 0, terms, jnp.int32)))(keys)
+    assert len(set(found.tolist())) == terms, "a length does not occur: choose another seed"
+    return found.tolist()
+
+
+def directions(batches: list[Batch], size: int) -> list[np.ndarray]:
+    """Of PZOBO, one an update: the key is split among the directions, and then among the leaves of x."""
+
+    def one(key: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.split(jax.random.split(key, 1)[0], 1)[0], (size,), jnp.float64)
+
+    return list(np.asarray(jax.jit(jax.vmap(one))(jnp.concatenate([batch.key for batch in batches]))))
+
+
+def coins_of(batches: list[Batch]) -> np.ndarray:
+    refresh = coins(PROBABILITY, jnp.concatenate([batch.key for batch in batches]))
+    assert 1 < sum(refresh) < len(refresh), "all coins fall alike: choose another seed"
+    return refresh
+
+
+#: name -> what a solver draws besides its blocks, read off the keys of its batches.
+CHANCE = {
+    "spaba": coins_of,
+    "bsa": partial(lengths, draw=2, terms=2),
+    "ttsa": partial(lengths, draw=1, terms=3),
+    "sustain": partial(lengths, draw=0, terms=2),
+    "pzobo": partial(directions, size=3),
+}
+
+
 def check_golden(
-    update: Any, state: BilevelState, batches: Iterable[Batch], name: str, q: Quadratic, refresh: Any = ()
+    update: Any, state: BilevelState, batches: Iterable[Batch], name: str, q: Quadratic, reference: Any = None
 ) -> None:
     """Every iterate of an update with steps ``decay(STEPS)`` equals that of the NumPy reference of ``name``, to 1e-12."""
-    batches = list(batches)
+    batches, reference = list(batches), reference or references.REFERENCES[name]
     sizes = tuple(next(iter(part.values())).shape[1] for part in (batches[0].inner, batches[0].outer))
     draws = []
     for batch in batches:
@@ -164,9 +198,9 @@ def check_golden(
         draws,
         start=(z, v, x),
         steps=lambda t: (schedules[0](t), schedules[1](t), schedules[2](t)),
-        refresh=list(refresh),
+        chance=list(CHANCE[name](batches)) if name in CHANCE else [],
     )
-    for batch, expected in zip(batches, references.REFERENCES[name](run), strict=True):
+    for batch, expected in zip(batches, reference(run), strict=True):
         state = update(state, batch)
         for got, part in zip(state.vars, expected, strict=True):
             np.testing.assert_allclose(got, part, atol=1e-12, rtol=1e-12)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.tables import PERIOD, THETA
+from tests.tables import CONSTANTS, MU, PERIOD, RADIUS, RATE, TAU, THETA, falling_rate, growing_steps
 
 Arrays = dict[str, np.ndarray]
 Point = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -42,7 +42,7 @@ class Run(NamedTuple):
     draws: list[list[tuple[int, int]]]  # [updates][draws] of (inner block, outer block)
     start: Point
     steps: Callable[[int], tuple[float, float, float]]  # of z, v and x at update t
-    refresh: list[bool]  # the coins of SPABA
+    chance: list[Any]  # [updates]: coins of SPABA, lengths of random products, directions of PZOBO
 
 
 def inner_terms(g: Arrays, z: np.ndarray, v: np.ndarray, x: np.ndarray) -> list[np.ndarray]:
@@ -134,7 +134,7 @@ def srba(run: Run) -> Iterator[Point]:
 
 
 def spaba(run: Run) -> Iterator[Point]:
-    return recursive(run, run.refresh)
+    return recursive(run, run.chance)
 
 
 def storm_soba(run: Run) -> Iterator[Point]:
@@ -162,12 +162,328 @@ def fsla(run: Run) -> Iterator[Point]:
         yield z, v, x
 
 
+# ---- v solved for, in a sweep of z, v and x; H_i v = -d_z f_j ---------------------------------------------------------
+
+
+def inner(run: Run, draw: tuple[int, int]) -> Arrays:
+    return run.data.block(0, draw[0])
+
+
+def outer(run: Run, draw: tuple[int, int]) -> Arrays:
+    return run.data.block(1, draw[1])
+
+
+def gradient_steps(gs: list[Arrays], z: np.ndarray, x: np.ndarray, steps: list[float]) -> np.ndarray:
+    """One step on each of the samples."""
+    for g, a in zip(gs, steps, strict=True):
+        z = z - a * (g["A"] @ z + g["C"].T @ x + g["b"])
+    return z
+
+
+def outer_step(run: Run, draw: tuple[int, int], point: Point, step: float) -> np.ndarray:
+    """x along d_x f + d2_xz g v."""
+    z, v, x = point
+    return x - step * (outer_terms(outer(run, draw), z, x)[1] + inner(run, draw)["C"] @ v)
+
+
+def conjugate_gradients(A: np.ndarray, b: np.ndarray, v: np.ndarray, most: int, target: float) -> np.ndarray:
+    r = b - A @ v
+    p = r
+    for _ in range(most):
+        if np.linalg.norm(r) <= target:
+            break
+        alpha = (r @ r) / (p @ A @ p)
+        v, new = v + alpha * p, r - alpha * A @ p
+        r, p = new, new + (new @ new) / (r @ r) * p
+    return v
+
+
+def heavy_ball(A: np.ndarray, fz: np.ndarray, v: np.ndarray, steps: int, L: float, mu: float) -> np.ndarray:
+    lam = 4 / (L**0.5 + mu**0.5) ** 2
+    th = max((1 - (lam * mu) ** 0.5) ** 2, (1 - (lam * L) ** 0.5) ** 2)
+    before = v
+    for _ in range(steps):
+        v, before = v - lam * (A @ v + fz) + th * (v - before), v
+    return v
+
+
+def neumann_sum(matrices: list[np.ndarray], fz: np.ndarray, eta: float) -> np.ndarray:
+    """-eta sum_q (I - eta H_q-1) ... (I - eta H_0) d_z f, one summand more than matrices."""
+    r = -fz
+    total = r
+    for H in matrices:
+        r = r - eta * H @ r
+        total = total + r
+    return eta * total
+
+
+def random_product(matrices: list[np.ndarray], fz: np.ndarray, eta: float, terms: int, length: int) -> np.ndarray:
+    r = -fz
+    for H in matrices[:length]:
+        r = r - eta * H @ r
+    return terms * eta * r
+
+
+def sweeps(run: Run, solve_inner: Any, solve_aux: Any, draws: tuple[int, int]) -> Iterator[Point]:
+    """z, v and x in turn, on the first ``draws[0]`` draws of an update, the next ``draws[1]``, and one more."""
+    z, v, x = run.start
+    for t, taken in enumerate(run.draws):
+        first, second, (last,) = taken[: draws[0]], taken[draws[0] : sum(draws)], taken[sum(draws) :]
+        z = solve_inner(t, [inner(run, d) for d in first], z, x)
+        hessians = [inner(run, d)["A"] for d in second]
+        v = solve_aux(t, hessians, outer_terms(outer(run, second[0]), z, x)[0], v)
+        x = outer_step(run, last, (z, v, x), run.steps(t)[2])
+        yield z, v, x
+
+
+def restarted(run: Run, count: int) -> list[float]:
+    """The step sizes of an optimiser of z that is started anew in every sweep."""
+    return [run.steps(k)[0] for k in range(count)]
+
+
+def going_on(run: Run, t: int, count: int) -> list[float]:
+    return [run.steps(t * count + k)[0] for k in range(count)]
+
+
+def aid_bio(run: Run) -> Iterator[Point]:
+    """Two inner steps and two steps of conjugate gradients, both warm, each on one draw."""
+    return sweeps(
+        run,
+        lambda t, gs, z, x: gradient_steps(gs * 2, z, x, restarted(run, 2)),
+        lambda t, hs, fz, v: conjugate_gradients(hs[0], -fz, v, 2, 0.0),
+        (1, 1),
+    )
+
+
+def aid_fp(run: Run) -> Iterator[Point]:
+    def fixed_point(t, hs, fz, v):
+        for _ in range(2):
+            v = v - RATE * (hs[0] @ v + fz)
+        return v
+
+    return sweeps(run, lambda t, gs, z, x: gradient_steps(gs * 2, z, x, restarted(run, 2)), fixed_point, (1, 1))
+
+
+def ba(run: Run) -> Iterator[Point]:
+    """More inner steps from sweep to sweep, an accurate solve from 0."""
+
+    def solve_inner(t, gs, z, x):
+        count = int(np.ceil(growing_steps(t)))
+        return gradient_steps(gs * count, z, x, restarted(run, count))
+
+    return sweeps(
+        run, solve_inner, lambda t, hs, fz, v: conjugate_gradients(hs[0], -fz, 0 * v, 99, 1.5e-8 * np.linalg.norm(fz)), (1, 1)
+    )
+
+
+def hoag(run: Run) -> Iterator[Point]:
+    """Both levels to 0.1 0.9^t."""
+
+    def solve_inner(t, gs, z, x):
+        for k in range(1000):
+            slope = gs[0]["A"] @ z + gs[0]["C"].T @ x + gs[0]["b"]
+            if np.linalg.norm(slope) <= 0.1 * 0.9**t:
+                break
+            z = z - run.steps(k)[0] * slope
+        return z
+
+    return sweeps(run, solve_inner, lambda t, hs, fz, v: conjugate_gradients(hs[0], -fz, v, 1000, 0.1 * 0.9**t), (1, 1))
+
+
+def bsa(run: Run) -> Iterator[Point]:
+    return sweeps(
+        run,
+        lambda t, gs, z, x: gradient_steps(gs, z, x, going_on(run, t, 2)),
+        lambda t, hs, fz, v: random_product(hs[1:], fz, falling_rate(t), 2, run.chance[t]),
+        (2, 3),
+    )
+
+
+def ttsa(run: Run) -> Iterator[Point]:
+    return sweeps(
+        run,
+        lambda t, gs, z, x: gradient_steps(gs, z, x, going_on(run, t, 1)),
+        lambda t, hs, fz, v: random_product(hs[1:], fz, RATE, 3, run.chance[t]),
+        (1, 4),
+    )
+
+
+def stocbio(run: Run, summands: int = 3) -> Iterator[Point]:
+    """The factor that is applied first is a mean over two samples."""
+
+    def solve_aux(t, hs, fz, v):
+        return neumann_sum([(hs[1] + hs[2]) / 2, hs[3]][: summands - 1], fz, RATE)
+
+    return sweeps(run, lambda t, gs, z, x: gradient_steps(gs, z, x, going_on(run, t, 1)), solve_aux, (1, 4))
+
+
+def amigo(run: Run) -> Iterator[Point]:
+    """Steps on v with the right-hand side of one sample."""
+
+    def solve_aux(t, hs, fz, v):
+        for H in hs[1:]:
+            v = v - falling_rate(t) * (H @ v + fz)
+        return v
+
+    return sweeps(run, lambda t, gs, z, x: gradient_steps(gs, z, x, going_on(run, t, 2)), solve_aux, (2, 3))
+
+
+def accelerated_loops(run: Run, draws: list[tuple[int, int]], z: np.ndarray, v: np.ndarray, x: np.ndarray) -> Any:
+    """Nesterov's two sequences and the heavy ball, two steps of each, and the hypergradient at the extrapolated z."""
+    L, mu, (first, second, third) = CONSTANTS["smoothness"], CONSTANTS["strong_convexity"], draws
+    g, root = inner(run, first), (L / mu) ** 0.5
+    before = s = z
+    for _ in range(2):
+        new = s - (g["A"] @ s + g["C"].T @ x + g["b"]) / L
+        s, before = 2 * root / (root + 1) * new - (root - 1) / (root + 1) * before, new
+    v = heavy_ball(inner(run, second)["A"], outer_terms(outer(run, second), s, x)[0], v, 2, L, mu)
+    return s, v, outer_terms(outer(run, third), s, x)[1] + inner(run, third)["C"] @ v
+
+
+def accbio(run: Run) -> Iterator[Point]:
+    (z, v, x), L, mu = run.start, CONSTANTS["outer_smoothness"], CONSTANTS["outer_strong_convexity"]
+    w, q = x, ((L / mu) ** 0.5 - 1) / ((L / mu) ** 0.5 + 1)
+    for draws in run.draws:
+        z, v, G = accelerated_loops(run, draws, z, v, x)
+        new = x - G / L
+        x, w = (1 + q) * new - q * w, new
+        yield z, v, x
+
+
+def accbio_bg(run: Run) -> Iterator[Point]:
+    (z, v, x), L, mu = run.start, CONSTANTS["outer_smoothness"], CONSTANTS["outer_strong_convexity"]
+    alpha, w = 1 / (2 * L), x
+    s = (alpha * mu) ** 0.5
+    eta, tau, beta = s / (s + 2), s / 2, (alpha / mu) ** 0.5
+    for draws in run.draws:
+        middle = eta * x + (1 - eta) * w
+        z, v, G = accelerated_loops(run, draws, z, v, middle)
+        x, w = tau * middle + (1 - tau) * x - beta * G, middle - alpha * G
+        yield z, v, eta * x + (1 - eta) * w
+
+
+# ---- recursive --------------------------------------------------------------------------------------------------------
+
+
+def estimates(g: Arrays, f: Arrays, z: np.ndarray, x: np.ndarray, solve: Any) -> Any:
+    """d_z g, and the hypergradient with v = solve(d_z f)."""
+    fz, fx = outer_terms(f, z, x)
+    return g["A"] @ z + g["C"].T @ x + g["b"], fx + g["C"] @ solve(fz)
+
+
+def on_draws(run: Run, draws: list[tuple[int, int]], z: np.ndarray, x: np.ndarray, length: int | None = None) -> Any:
+    hs = [inner(run, d)["A"] for d in draws[1:]]
+
+    def solve(fz):
+        return neumann_sum(hs, fz, RATE) if length is None else random_product(hs, fz, RATE, len(hs), length)
+
+    return estimates(inner(run, draws[0]), outer(run, draws[0]), z, x, solve)
+
+
+def double_momentum(run: Run, lengths: list[Any]) -> Iterator[Point]:
+    """Both points of a correction on the same samples; eta_t = (t + 1)^-2/3."""
+    z, v, x = run.start
+    way = old = None
+    for t, draws in enumerate(run.draws):
+        new, eta = on_draws(run, draws, z, x, lengths[t]), (t + 1) ** (-2 / 3)
+        if old is None:
+            way = new
+        else:
+            before = on_draws(run, draws, *old, lengths[t])
+            way = tuple(n + (1 - eta) * (w - b) for n, w, b in zip(new, way, before, strict=True))
+        a, _, c = run.steps(t)
+        old, (z, x) = (z, x), (z - a * way[0], x - c * way[1])
+        yield z, v, x
+
+
+def mrbo(run: Run) -> Iterator[Point]:
+    return double_momentum(run, [None] * len(run.draws))
+
+
+def sustain(run: Run) -> Iterator[Point]:
+    return double_momentum(run, run.chance)
+
+
+def vrbo(run: Run, across_x: bool = True) -> Iterator[Point]:
+    """The first inner difference is taken across the step of x, unless told otherwise, the second across that of z."""
+    z, v, x = run.start
+    way = None
+    for t, draws in enumerate(run.draws):
+        if t % PERIOD == 0:
+            g, f = run.data.mean(0), run.data.mean(1)
+            way = estimates(g, f, z, x, lambda fz, H=g["A"]: neumann_sum([H, H], fz, RATE))
+        new_x = x - run.steps(t)[2] * way[1]
+        old = (z, x if across_x else new_x)
+        for k in range(2):
+            window = draws[3 * k : 3 * k + 3]
+            new, before = on_draws(run, window, z, new_x), on_draws(run, window, *old)
+            way = tuple(w + n - b for w, n, b in zip(way, new, before, strict=True))
+            old, z = (z, new_x), z - run.steps(2 * t + k)[0] * way[0]
+        x = new_x
+        yield z, v, x
+
+
+def stable(run: Run) -> Iterator[Point]:
+    """The second derivatives of the quadratic are the same at the old and at the new point."""
+    (z, _, x), H, J = run.start, None, None
+    for t, (draw,) in enumerate(run.draws):
+        g, f = inner(run, draw), outer(run, draw)
+        H = g["A"] if H is None else (1 - TAU) * (H - g["A"]) + g["A"]
+        J = g["C"] if J is None else (1 - TAU) * (J - g["C"]) + g["C"]
+        values, basis = np.linalg.eigh(H)
+        inverse = basis @ np.diag(1 / np.maximum(values, MU)) @ basis.T
+        (fz, fx), (a, _, c) = outer_terms(f, z, x), run.steps(t)
+        v = -inverse @ fz
+        new = x - c * (fx + J @ v)
+        z = z - a * (g["A"] @ z + g["C"].T @ x + g["b"]) - inverse @ J.T @ (new - x)
+        x = new
+        yield z, v, x
+
+
+# ---- unrolled ---------------------------------------------------------------------------------------------------------
+
+
+def itd_bio(run: Run) -> Iterator[Point]:
+    """Two steps, each on a draw of its own, and the reverse pass through them."""
+    z, v, x = run.start
+    steps = restarted(run, 2)
+    for t, draws in enumerate(run.draws):
+        gs = [inner(run, d) for d in draws[:2]]
+        z = gradient_steps(gs, z, x, steps)
+        fz, fx = outer_terms(outer(run, draws[2]), z, x)
+        q, S = -fz, np.zeros_like(x)
+        for g, a in zip(gs[::-1], steps[::-1], strict=True):
+            S = S + a * g["C"] @ q
+            q = q - a * g["A"] @ q
+        x = x - run.steps(t)[2] * (fx + S)
+        yield z, v, x
+
+
+def fo_itd_bio(run: Run) -> Iterator[Point]:
+    z, v, x = run.start
+    for t, (draw,) in enumerate(run.draws):
+        z = gradient_steps([inner(run, draw)] * 2, z, x, restarted(run, 2))
+        x = x - run.steps(t)[2] * outer_terms(outer(run, draw), z, x)[1]
+        yield z, v, x
+
+
+def pzobo(run: Run) -> Iterator[Point]:
+    """The difference of two paths from one start, on one draw, along the direction of the update."""
+    z, v, x = run.start
+    for t, (draw,) in enumerate(run.draws):
+        u, gs, steps = run.chance[t], [inner(run, draw)] * 2, restarted(run, 2)
+        end, beside = gradient_steps(gs, z, x, steps), gradient_steps(gs, z, x + RADIUS * u, steps)
+        fz, fx = outer_terms(outer(run, draw), end, x)
+        z, x = end, x - run.steps(t)[2] * (fx + ((beside - end) / RADIUS) @ fz * u)
+        yield z, v, x
+
+
 REFERENCES: dict[str, Callable[[Run], Iterator[Point]]] = {
-    "soba": soba,
-    "ma_soba": ma_soba,
-    "saba": saba,
-    "srba": srba,
-    "spaba": spaba,
-    "storm_soba": storm_soba,
-    "fsla": fsla,
+    reference.__name__: reference
+    for family in (
+        (soba, ma_soba, saba, srba, spaba, storm_soba, fsla),
+        (aid_bio, aid_fp, ba, hoag, bsa, ttsa, stocbio, amigo, accbio, accbio_bg),
+        (mrbo, sustain, vrbo, stable, itd_bio, fo_itd_bio, pzobo),
+    )
+    for reference in family
 }

@@ -31,7 +31,7 @@ def without_opts(make: Callable[..., Solver]) -> Callable[[Problem, Vars], Solve
     return lambda problem, opts: make(problem, **CONSTANTS, inner_steps=2, aux_steps=2)
 
 
-RATE, MU, TAU, RADIUS, NESTED = 0.5, 0.2, 0.4, 0.01, (2, 1)  # of linear solvers; of STABLE; of PZOBO; of stocBiO
+RATE, MU, TAU, RADIUS, NESTED = 0.5, 0.2, 0.4, 0.1, (2, 1)  # of linear solvers; of STABLE; of PZOBO; of stocBiO
 CONSTANTS = {"smoothness": 2.0, "strong_convexity": MU, "outer_smoothness": 3.0, "outer_strong_convexity": 0.5}
 
 

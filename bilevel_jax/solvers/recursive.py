@@ -230,8 +230,8 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
         z, _, x = vars
         draw = take_draw(batches, 0)
         with jax.numpy_dtype_promotion("standard"):
-            weight = tau(step) if callable(tau) else tau
-        keep = 1 - jnp.where(step == 0, 1.0, jnp.clip(jnp.asarray(weight, jnp.float32), 0, 1))
+            weight = jnp.where(step == 0, 1.0, tau(step) if callable(tau) else tau)
+        keep = 1 - jnp.clip(weight, 0.0, 1.0)
         new, old = matrices(z, x, draw), matrices(state.old.inner, state.old.outer, draw)
         held = (state.hessian, state.cross)
         hessian, cross = (n + keep.astype(n.dtype) * (h - o) for n, o, h in zip(new, old, held, strict=True))
