@@ -4,7 +4,7 @@ from experiments.data.files import DataFileError, locate
 from experiments.data.hyperclean import cleaning, shifted
 from experiments.data.ijcnn import ijcnn1
 from experiments.data.images import fashion_mnist, mnist
-from experiments.data.newsgroups import newsgroups
+from experiments.data.newsgroups import twenty_newsgroups
 from experiments.data.records import Cleaning, Images, Table, ThreeWay
 from experiments.data.tables import breast_cancer, covtype, digits
 
@@ -22,6 +22,6 @@ __all__ = [
     "ijcnn1",
     "locate",
     "mnist",
-    "newsgroups",
     "shifted",
+    "twenty_newsgroups",
 ]

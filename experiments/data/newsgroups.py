@@ -56,7 +56,7 @@ class Counts(NamedTuple):
     test_y: np.ndarray  # [7532] int32
 
 
-def newsgroups(vocabulary: int | None = None, seed: int = 0) -> Newsgroups:
+def twenty_newsgroups(vocabulary: int | None = None, seed: int = 0) -> Newsgroups:
     """20 Newsgroups by date (Lang; Rennie's version): headers and all, each message a vector of word counts of unit length.
 
     The train messages are halved by `seed`, with the same share of each group in both halves: 5,657 train (inner) and 5,657
