@@ -10,9 +10,26 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax import Batch, Levels, Problem, Vars, begin, descend, guard, implicit, per_sweep, run, samplers, solvers, sweep
+from bilevel_jax import (
+    Batch,
+    Levels,
+    Problem,
+    Vars,
+    begin,
+    descend,
+    guard,
+    implicit,
+    per_sweep,
+    run,
+    samplers,
+    solve_aux,
+    solvers,
+    sweep,
+)
 from bilevel_jax import stream as stream_run
 from bilevel_jax.estimators import ema, page, saga, sarah, storm
+from bilevel_jax.linear_solve import cg
+from bilevel_jax.oracles import aid
 from bilevel_jax.testing import quadratic
 from bilevel_jax.types import Slot
 from tests.checks import ZERO
@@ -20,6 +37,7 @@ from tests.tables import NESTED_LOOPS, SINGLE_LOOP, SOLVERS
 
 ROWS = (10, 6)
 OPTS = Vars(*map(optax.sgd, (0.1, 0.1, 0.1)))
+TWO = OPTS._replace(aux=None)
 
 
 def good() -> Problem:
@@ -65,6 +83,16 @@ def step(solver: Any, batches: Any, vars: Vars | None = None) -> Any:
 
 def one_batch(**changes: Any) -> Batch:
     return Batch(inner=jnp.ones((1, 2, 2)), outer=jnp.ones((1, 2, 2)))._replace(**changes)
+
+
+def draws_of(count: int) -> Batch:
+    """Stacked draws with neither keys nor the full data."""
+    return Batch(inner=jnp.ones((count, 2, 2)), outer=jnp.ones((count, 2, 2)))
+
+
+def accelerated(make: Any = solvers.accbio, **changes: Any) -> Any:
+    constants = {"smoothness": 2.0, "strong_convexity": 1.0, "outer_smoothness": 2.0, "outer_strong_convexity": 1.0}
+    return make(good(), **(constants | changes))
 
 
 def estimated(estimator: Any) -> Any:
@@ -226,6 +254,141 @@ CASES = {
     "unknown solver": Case(
         lambda: solvers.default_opts(sweep, 0.1, 0.1, 0.1), ValueError, ("solver:", "sweep", "expected one of", "soba")
     ),
+    # solvers that solve for v, or unroll
+    "an optimiser of v": Case(
+        lambda: solvers.stocbio(good(), OPTS, rate=0.1),
+        ValueError,
+        ("opts.aux", "an optimiser", "expected None", "z and x only"),
+    ),
+    "opts of two is a tuple": Case(
+        lambda: solvers.itd_bio(good(), tuple(OPTS)),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("opts:", "tuple", "expected Vars"),
+    ),
+    "problem of a composite oracle is a tuple": Case(
+        lambda: solvers.mrbo(tuple(good()), TWO, rate=0.1), TypeError, ("problem:", "tuple", "expected Problem")
+    ),
+    "a number for a linear solver": Case(
+        lambda: solvers.aid_bio(good(), TWO, linear_solver=10),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("solver:", "int", "expected a solver of bilevel_jax.linear_solve"),
+    ),
+    "a function that makes no linear solver": Case(
+        lambda: solve_aux(good(), lambda step: 10), TypeError, ("solver:", "int", "expected a solver")
+    ),
+    "a number for the solver of an oracle": Case(
+        lambda: aid(good(), 10),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("solver:", "int", "expected a solver"),
+    ),
+    "a rate of 0": Case(
+        lambda: solvers.bsa(good(), TWO, rate=0.0), ValueError, ("rate", "0.0", "expected a finite number above 0")
+    ),
+    "batches that are not as many as the terms": Case(
+        lambda: solvers.stocbio(good(), TWO, rate=0.1, terms=3, batches=(2, 1)),
+        ValueError,
+        ("batches", "2 of them", "expected one a factor, 3"),
+    ),
+    "eta above 1": Case(lambda: solvers.mrbo(good(), TWO, rate=0.1, eta=1.5), ValueError, ("eta", "1.5", "[0, 1]")),
+    "tau below 0": Case(
+        lambda: solvers.stable(good(), TWO, strong_convexity=1.0, tau=-0.5), ValueError, ("tau", "-0.5", "[0, 1]")
+    ),
+    "no curvature for stable": Case(
+        lambda: solvers.stable(good(), TWO, strong_convexity=0.0),
+        ValueError,
+        ("strong_convexity", "0.0", "expected a number above 0"),
+    ),
+    "more convexity than smoothness": Case(
+        lambda: accelerated(strong_convexity=3.0),
+        ValueError,
+        ("strong_convexity", "3.0", "smoothness = 2.0", "expected 0 < strong_convexity <= smoothness"),
+    ),
+    "no outer convexity": Case(
+        lambda: accelerated(outer_strong_convexity=0.0),
+        ValueError,
+        ("outer_strong_convexity", "0.0", "expected 0 < outer_strong_convexity <= outer_smoothness"),
+    ),
+    "infinite smoothness": Case(
+        lambda: accelerated(solvers.accbio_bg, outer_smoothness=float("inf")),
+        ValueError,
+        ("outer_smoothness = inf", "expected 0 <"),
+    ),
+    "smoothness is text": Case(lambda: accelerated(smoothness="2"), TypeError, ("smoothness", "'2'", "expected a number")),
+    "more steps differentiated than done": Case(
+        lambda: solvers.itd_bio(good(), TWO, inner_steps=2, truncate=3),
+        ValueError,
+        ("truncate", "3", "expected at most steps = 2"),
+    ),
+    "unknown checkpoint": Case(
+        lambda: solvers.itd_bio(good(), TWO, checkpoint="all"), ValueError, ("checkpoint", "'all'", "expected 'sqrt'")
+    ),
+    "a radius of 0": Case(lambda: solvers.pzobo(good(), TWO, radius=0.0), ValueError, ("radius", "0.0", "expected a positive")),
+    "first order without an outer term of x": Case(
+        lambda: go(solver=solvers.fo_itd_bio(with_loss(outer=lambda z, x, b: ((z[None] - b) ** 2).sum(1)), TWO)),
+        ValueError,
+        ("truncate", "0", "expected at least 1", "does not depend on x"),
+    ),
+    "no key for a random length": Case(
+        lambda: step(solvers.ttsa(good(), TWO, rate=0.1, terms=2), draws_of(5)),
+        ValueError,
+        ("key", "None", "expected a key", "random_neumann"),
+    ),
+    "no key for a random length at two points": Case(
+        lambda: step(solvers.sustain(good(), TWO, rate=0.1, terms=2), draws_of(3)),
+        ValueError,
+        ("key", "None", "expected a key"),
+    ),
+    "no key for random directions": Case(
+        lambda: step(solvers.pzobo(good(), TWO), draws_of(1)), ValueError, ("key", "None", "expected a key", "directions")
+    ),
+    "no full data for vrbo": Case(
+        lambda: step(solvers.vrbo(good(), TWO, rate=0.1, inner_steps=1, terms=2), draws_of(3)),
+        ValueError,
+        ("batch.full", "None", "expected the full data", "vrbo"),
+    ),
+    "no outer data for a linear system": Case(
+        lambda: step(SOLVERS["aid_bio"](good(), OPTS), draws_of(3)._replace(outer=None)),
+        ValueError,
+        ("batch.outer", "None", "expected data of the outer loss"),
+    ),
+    "no outer data for a path": Case(
+        lambda: step(solvers.itd_bio(good(), TWO), one_batch(outer=None)), ValueError, ("batch.outer", "None", "expected data")
+    ),
+    "no outer data for dense matrices": Case(
+        lambda: step(SOLVERS["stable"](good(), OPTS), one_batch(outer=None)),
+        ValueError,
+        ("batch.outer", "None", "expected data"),
+    ),
+    "aux of another shape to start at": Case(
+        lambda: go(solver=solvers.aid_bio(good(), TWO), vars=start()._replace(aux=jnp.ones(4))),
+        ValueError,
+        ("vars.aux", "float64[4]", "expected float64[2]"),
+    ),
+    **{
+        f"{estimator.__name__} of a composite oracle": Case(
+            lambda make=estimator, option=option: descend(aid(good(), cg(max_steps=2)), TWO, estimator=make(*option)),
+            ValueError,
+            ("estimator", "averages terms over the samples", "expected plain, ema or storm", "composite"),
+        )
+        for estimator, option in ((saga, ()), (sarah, (2,)), (page, (0.5,)))
+    },
+    # default step sizes
+    "default steps of a solver without opts": Case(
+        lambda: solvers.default_opts(solvers.accbio, 0.1, outer=0.1), ValueError, ("solver:", "accbio", "expected one of")
+    ),
+    "no default step of v": Case(
+        lambda: solvers.default_opts(solvers.soba, 0.1, outer=0.1),
+        ValueError,
+        ("aux", "None", "expected a step size", "soba moves v"),
+    ),
+    "a default step of v that is not wanted": Case(
+        lambda: solvers.default_opts(solvers.ttsa, 0.1, 0.1, 0.1),
+        ValueError,
+        ("aux", "0.1", "expected None", "ttsa does not move v"),
+    ),
+    "no default step of x": Case(
+        lambda: solvers.default_opts(solvers.ttsa, 0.1), ValueError, ("outer", "None", "expected the step size of x")
+    ),
     # estimators
     "theta above 1": Case(lambda: solvers.ma_soba(good(), OPTS, theta=1.5), ValueError, ("theta", "1.5", "[0, 1]")),
     "theta of ema below 0": Case(lambda: ema(-0.1), ValueError, ("theta", "-0.1", "[0, 1]")),
@@ -311,6 +474,20 @@ COUNTS = {
     "batch_size": lambda n: samplers.uniform(n),
     "outer_batch_size": lambda n: samplers.epochs(2, outer_batch_size=n),
     "period": lambda n: solvers.srba(good(), OPTS, period=n),
+    "inner_steps of aid_bio": lambda n: solvers.aid_bio(good(), TWO, inner_steps=n),
+    "inner_steps of ba": lambda n: solvers.ba(good(), TWO, inner_steps=n),
+    "inner_steps of stocbio": lambda n: solvers.stocbio(good(), TWO, rate=0.1, inner_steps=n),
+    "inner_steps of vrbo": lambda n: solvers.vrbo(good(), TWO, rate=0.1, inner_steps=n),
+    "inner_steps of itd_bio": lambda n: solvers.itd_bio(good(), TWO, inner_steps=n),
+    "inner_steps of pzobo": lambda n: solvers.pzobo(good(), TWO, inner_steps=n),
+    "inner_steps of accbio": lambda n: accelerated(inner_steps=n),
+    "aux_steps of accbio_bg": lambda n: accelerated(solvers.accbio_bg, aux_steps=n),
+    "aux_steps of amigo": lambda n: solvers.amigo(good(), TWO, aux_rate=0.1, aux_steps=n),
+    "max_steps of hoag": lambda n: solvers.hoag(good(), TWO, max_steps=n),
+    "terms of bsa": lambda n: solvers.bsa(good(), TWO, rate=0.1, terms=n),
+    "terms of mrbo": lambda n: solvers.mrbo(good(), TWO, rate=0.1, terms=n),
+    "period of vrbo": lambda n: solvers.vrbo(good(), TWO, rate=0.1, period=n),
+    "directions of pzobo": lambda n: solvers.pzobo(good(), TWO, directions=n),
     "steps of a stage": lambda n: descend(implicit(good()), OPTS, steps=n),
     "steps of per_sweep": lambda n: per_sweep(0.1, n),
     "draws": lambda n: next(samplers.from_stream([], draws=n)),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel_jax import checks
 from bilevel_jax.linear_solve import heavy_ball
 from bilevel_jax.oracles import implicit
 from bilevel_jax.stages import assign, solve_aux
@@ -122,8 +123,9 @@ def _accelerated_loops(
 ) -> tuple[Stage, ...]:
     default = max(1, math.ceil(math.sqrt(L / mu) * math.log(1 / accuracy)))
     inner = optax.sgd(1 / L, _nesterov(L / mu), nesterov=True)
-    steps = default if inner_steps is None else inner_steps
-    ball = heavy_ball(steps=default if aux_steps is None else aux_steps, smoothness=L, strong_convexity=mu)
+    steps = default if inner_steps is None else checks.positive_int("inner_steps", inner_steps)
+    aux_steps = default if aux_steps is None else checks.positive_int("aux_steps", aux_steps)
+    ball = heavy_ball(steps=aux_steps, smoothness=L, strong_convexity=mu)
     cold = assign(lambda vars: vars._replace(inner=jax.tree.map(jnp.zeros_like, vars.inner)))
     return (
         *(() if warm else (cold,)),
@@ -137,5 +139,8 @@ def _nesterov(condition: float) -> float:
 
 
 def _constants(large: str, L: float, small: str, mu: float) -> None:
+    for name, value in ((large, L), (small, mu)):
+        if isinstance(value, bool) or not hasattr(value, "__float__"):
+            raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a number")
     if not (math.isfinite(L) and 0 < mu <= L):
         raise ValueError(f"{small}: got {mu} with {large} = {L}, expected 0 < {small} <= {large}")

@@ -8,6 +8,7 @@ for every gradient and every Hessian-vector product.
 from collections.abc import Callable
 from typing import Any
 
+from bilevel_jax import checks
 from bilevel_jax.linear_solve import LinearSolver, cg, neumann, random_neumann, richardson
 from bilevel_jax.oracles import implicit
 from bilevel_jax.solvers.steps import two
@@ -46,7 +47,7 @@ def aid_bio(
         >>> bool(history["gradient_norm"][-1] < 1e-4 * history["gradient_norm"][0])
         True
     """
-    opts = two(opts)
+    opts, inner_steps = two(opts), checks.positive_int("inner_steps", inner_steps)
     solver = cg(max_steps=10) if linear_solver is None else linear_solver
     directions = implicit(problem)
     return sweep(
@@ -84,6 +85,8 @@ def ba(
         3
     """
     opts = two(opts)
+    if not callable(inner_steps):
+        checks.positive_int("inner_steps", inner_steps)
     solver = cg(max_steps=100) if linear_solver is None else linear_solver
     return sweep(
         solve_inner(problem, opts.inner, max_steps=inner_steps),
@@ -202,7 +205,7 @@ def stocbio(
 
     Reference: Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced design", ICML 2021, arXiv 2010.07962,
     Algorithms 2 and 3.  The sum has all its terms and its factor, and every factor its own batch; public code of the authors
-    has neither.
+    has neither.  Deviation: d_x f is taken on the sample of the cross product, not on that of d_z f.
 
     Example:
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
@@ -234,12 +237,13 @@ def amigo(problem: Problem, opts: Vars, *, aux_rate: Schedule, inner_steps: int 
         >>> tuple(amigo(problem, Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)), aux_rate=0.1).cost.draw)
         (10.0, 10.0, 1.0, 2.0)
     """
+    checks.positive_int("aux_steps", aux_steps)
     return _three(problem, opts, inner_steps, lambda a: richardson(steps=aux_steps, rate=a, fresh=True), aux_rate)
 
 
 def _three(problem: Problem, opts: Vars, inner_steps: int, make: Callable[[Any], LinearSolver], rate: Schedule) -> Solver:
     """Inner steps, linear system, outer step, each on draws of its own."""
-    opts, directions = two(opts), implicit(problem)
+    opts, directions, inner_steps = two(opts), implicit(problem), checks.positive_int("inner_steps", inner_steps)
     linear = (lambda step: make(rate(step))) if callable(rate) else make(rate)
     return sweep(
         descend(directions, Vars(inner=opts.inner), steps=inner_steps),

@@ -188,7 +188,7 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
         tau: weight of the new estimates, a number in [0, 1] or a schedule.
 
     Raises:
-        TypeError, ValueError: as for `aid_bio`; for tau outside [0, 1].
+        TypeError, ValueError: as for `aid_bio`; for tau outside [0, 1] and strong_convexity that is not above 0.
 
     Cost of an update: one inner gradient, 2 p Hessian-vector and 2 p cross products (p numbers in z; counted in the state:
     see `bilevel_jax.results.spent`), one outer gradient pair, and an eigendecomposition of a p x p matrix.
@@ -203,6 +203,8 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
     """
     opts = two(opts)
     checks.unit_interval("tau", tau)
+    if isinstance(strong_convexity, int | float) and not strong_convexity > 0:
+        raise ValueError(f"strong_convexity: got {strong_convexity}, expected a number above 0")
     g, f = losses(problem)
     counted = Calls(hessian_vector=math.inf, cross=math.inf)  # 2 p, and p is not known here
 

@@ -1,5 +1,6 @@
 """Unrolled solvers: the inner problem is replaced by some steps on it, and the derivative goes through them."""
 
+from bilevel_jax import checks
 from bilevel_jax.hypergrad import gaussian
 from bilevel_jax.solvers.steps import two
 from bilevel_jax.stages import unroll
@@ -45,6 +46,7 @@ def itd_bio(
         >>> bool(history["gradient_norm"][-1] < 1e-4 * history["gradient_norm"][0])
         True
     """
+    checks.positive_int("inner_steps", inner_steps)
     return sweep(unroll(problem, two(opts), inner_steps, truncate=truncate, checkpoint=checkpoint, fresh=fresh))
 
 
@@ -100,5 +102,6 @@ def pzobo(
         >>> pzobo(problem, Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)), directions=3).cost.draw.inner_gradient
         40.0
     """
+    checks.positive_int("inner_steps", inner_steps)
     estimate = gaussian(directions, radius)
     return sweep(unroll(problem, two(opts), inner_steps, truncate=0, jacobian=estimate, fresh=fresh))
