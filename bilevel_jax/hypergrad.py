@@ -50,7 +50,7 @@ def hypergradient(problem: Problem, method: Method) -> Callable[..., tuple[Array
 
     Args:
         problem: the two losses.
-        method: `implicit`, `iterative`, `one_step` or `t1_t2`.
+        method: `implicit`, `iterative`, `zeroth_order`, `one_step` or `t1_t2`.
 
     Returns:
         A pure function.  ``value`` is f at the method's inner solution, ``gradient`` is shaped like x, ``guess`` starts the
@@ -68,6 +68,9 @@ def hypergradient(problem: Problem, method: Method) -> Callable[..., tuple[Array
         >>> bool(jnp.allclose(gradient, q.gradient(at.outer), atol=1e-4)), int(stats.code)
         (True, 0)
     """
+
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem: got {type(problem).__name__}, expected Problem(inner=..., outer=...)")
 
     def evaluate(z: PyTree, x: PyTree, batch: Batch, guess: PyTree = None, key: Any = None) -> tuple[Array, PyTree, Stats]:
         checks.floating("z", z)
@@ -100,7 +103,10 @@ def implicit(solver: LinearSolver | None = None, *, tolerance: float | None = No
         tolerance: if given, ``|d_z g|`` above it is reported as INNER_NOT_CONVERGED: the formula holds at z*(x) only.
 
     Returns:
-        A method whose code is that of the linear solver.  A gradient that is not finite is reported as NONFINITE.
+        A method whose code is that of the linear solver.  A value or gradient that is not finite is reported as NONFINITE.
+
+    Raises:
+        TypeError, ValueError: for anything but a ``LinearSolver``, one that wants samples, and a negative tolerance.
 
     Cost: one inner gradient, one outer gradient pair, one cross product, and the applications of the solver plus one
     Hessian-vector products.
@@ -109,7 +115,7 @@ def implicit(solver: LinearSolver | None = None, *, tolerance: float | None = No
     2010.07962, equations (2)-(3); Pedregosa, "Hyperparameter optimization with approximate gradient", 2016, arXiv
     1602.02355.  The sign of v is the opposite of theirs.
     """
-    solver = _usable(solver, True)
+    solver = _usable(solver, True, tolerance)
 
     def method(losses: Losses, z: PyTree, x: PyTree, guess: PyTree, key: Any) -> tuple[Array, PyTree, Stats]:
         value, (fz, fx) = jax.value_and_grad(losses.f, argnums=(0, 1))(z, x)
@@ -123,7 +129,7 @@ def implicit(solver: LinearSolver | None = None, *, tolerance: float | None = No
 
 
 def iterative(
-    opt: optax.GradientTransformation, steps: int, *, truncate: int | None = None, checkpoint: str = "sqrt"
+    opt: optax.GradientTransformation, steps: int, *, truncate: int | None = None, checkpoint: str = "step"
 ) -> Method:
     """Iterative differentiation (ITD): back-propagate through ``steps`` inner steps from z, which is held constant.
 
@@ -199,7 +205,7 @@ class Jacobian(NamedTuple):
     directions: int | None = None  # number of further paths that an estimate follows; None for the exact Jacobian
 
 
-def path(opt: optax.GradientTransformation, steps: int, *, truncate: int | None = None, checkpoint: str = "sqrt") -> Follow:
+def path(opt: optax.GradientTransformation, steps: int, *, truncate: int | None = None, checkpoint: str = "step") -> Follow:
     """``steps`` steps of an optimiser, differentiable in x over the last ``truncate``; arguments as for `iterative`."""
     steps = checks.positive_int("steps", steps)
     kept = steps if truncate is None else checks.positive_int("truncate", truncate, least=0)
@@ -296,6 +302,8 @@ def t1_t2(scale: float = 1.0) -> Method:
     Reference: Luketina, Berglund, Greff, Raiko, "Scalable gradient-based tuning of continuous regularization
     hyperparameters", ICML 2016, arXiv 1511.06727.
     """
+    if isinstance(scale, int | float) and not scale > 0:
+        raise ValueError(f"scale: got {scale}, expected a positive number")
 
     def solve(matvec: Any, rhs: PyTree, guess: PyTree = None, key: Any = None) -> tuple[PyTree, linear_solve.Stats]:
         del guess, key
@@ -351,12 +359,13 @@ def implicit_root(
         has_aux: whether ``solve`` (not ``optimality``) returns ``(solution, aux)``; aux gets no derivative.
 
     Returns:
-        A decorator.  ``init`` gets no derivative: the solution does not depend on it.  Of the parameters, those that are not
-        floating-point have none.
+        A decorator, to be applied once, because every application compiles anew.  ``init`` gets no derivative: the solution does
+        not depend on it.  Of the parameters, those that are not floating-point have none.
 
     Raises:
-        ValueError: for a solver that wants samples; (when differentiated) if ``optimality`` returns another structure than the
-            solution's.
+        TypeError, ValueError: for anything but a ``LinearSolver``, and one that wants samples; (when called) if ``solve`` returns
+            no pair with ``has_aux``; (when differentiated) if ``optimality`` is not shaped like the solution, or that is not
+            floating-point; jax's UnexpectedTracerError if a function closes over what is differentiated.
 
     Reference: Blondel, Berthet, Cuturi, Frostig, Hoyer, Llinares-López, Pedregosa, Vert, "Efficient and modular implicit
     differentiation", NeurIPS 2022, arXiv 2105.15183.
@@ -384,6 +393,8 @@ def implicit_root(
         @jax.custom_jvp
         def root(init: PyTree, params: tuple) -> tuple[PyTree, PyTree]:
             found = solve(init, *params)
+            if has_aux and not (isinstance(found, tuple) and len(found) == 2):
+                raise TypeError(f"solve: got {type(found).__name__}, expected (solution, aux), because has_aux is True")
             return found if has_aux else (found, None)
 
         @root.defjvp
@@ -460,7 +471,7 @@ def root_jvp(
         (0.25, 'SUCCESSFUL')
     """
     value, jacobian, rhs = _linear_system(optimality, solution, params, tangents)
-    dz, linear = _usable(solver, positive_definite).solve(jacobian, rhs)
+    dz, linear = _usable(solver, positive_definite, tolerance).solve(jacobian, rhs)
     return dz, _stats(value, tolerance, linear, solution, None, dz)
 
 
@@ -495,11 +506,12 @@ def root_vjp(
         >>> float(slope), float(stats.inner_residual)
         (-0.25, 0.0)
     """
+    _check_root(solution, params)
     value, pull = jax.vjp(lambda z: optimality(z, *params), solution)
     checks.same_shapes("optimality", value, solution, "the solution")
     checks.same_shapes("cotangent", cotangent, solution, "the solution")
     rhs = jax.tree.map(jnp.negative, cotangent)
-    v, linear = _usable(solver, positive_definite).solve(lambda u: pull(u)[0], rhs)
+    v, linear = _usable(solver, positive_definite, tolerance).solve(lambda u: pull(u)[0], rhs)
     _, pull = jax.vjp(lambda p: optimality(solution, *p), params)
     gradients = pull(v)[0]
     return gradients, _stats(value, tolerance, linear, solution, v, (v, jax.tree.map(_number, gradients)))
@@ -514,13 +526,22 @@ def norm(tree: PyTree) -> Array:
 
 def _linear_system(optimality: Any, solution: PyTree, params: tuple, dparams: tuple) -> tuple[PyTree, Any, PyTree]:
     """The optimality, its Jacobian as a function, and the right-hand side of the derivative along ``dparams``."""
+    _check_root(solution, params)
     value, moved = jax.jvp(lambda p: optimality(solution, *p), (params,), (dparams,))
     checks.same_shapes("optimality", value, solution, "the solution")
     _, jacobian = jax.linearize(lambda z: optimality(z, *params), solution)
     return value, jacobian, jax.tree.map(jnp.negative, moved)
 
 
-def _usable(solver: LinearSolver | None, positive_definite: bool) -> LinearSolver:
+def _check_root(solution: PyTree, params: Any) -> None:
+    checks.floating("solution", solution)
+    if not isinstance(params, tuple):
+        raise TypeError(f"params: got {type(params).__name__}, expected a tuple")
+
+
+def _usable(solver: LinearSolver | None, positive_definite: bool, tolerance: float | None = None) -> LinearSolver:
+    if isinstance(tolerance, int | float) and not tolerance >= 0:
+        raise ValueError(f"tolerance: got {tolerance}, expected at least 0")
     solver = linear_solve.auto(positive_definite=positive_definite) if solver is None else solver
     if not isinstance(solver, LinearSolver):
         raise TypeError(f"solver: got {type(solver).__name__}, expected a LinearSolver")

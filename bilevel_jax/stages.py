@@ -198,7 +198,7 @@ def unroll(
     steps: int,
     *,
     truncate: int | None = None,
-    checkpoint: str = "sqrt",
+    checkpoint: str = "step",
     jacobian: Jacobian = reverse,
     fresh: bool = True,
 ) -> Stage:
