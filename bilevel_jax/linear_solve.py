@@ -514,7 +514,8 @@ def _solver(
         def apply(u: Array, k: Any = None) -> Array:
             product = matvec(narrow(u), k) if draws else matvec(narrow(u))
             checks.same_shapes("matvec(u)", product, rhs, "rhs")
-            return ravel(product)[0] + _cast(damping, u) * u
+            flat = ravel(product)[0]
+            return flat if isinstance(damping, int | float) and damping == 0 else flat + _cast(damping, u) * u
 
         def checked(A: Any, b: Array, guess: Array | None) -> tuple[Array, Stats]:
             fine = all_finite(b)
