@@ -359,13 +359,13 @@ def implicit_root(
         has_aux: whether ``solve`` (not ``optimality``) returns ``(solution, aux)``; aux gets no derivative.
 
     Returns:
-        A decorator, to be applied once, because every application compiles anew.  ``init`` gets no derivative: the solution does
-        not depend on it.  Of the parameters, those that are not floating-point have none.
+        A decorator, to be applied once, because every application compiles anew.  ``init`` gets no derivative: the solution
+        does not depend on it.  Of the parameters, those that are not floating-point have none.
 
     Raises:
-        TypeError, ValueError: for anything but a ``LinearSolver``, and one that wants samples; (when called) if ``solve`` returns
-            no pair with ``has_aux``; (when differentiated) if ``optimality`` is not shaped like the solution, or that is not
-            floating-point; jax's UnexpectedTracerError if a function closes over what is differentiated.
+        TypeError, ValueError: for anything but a ``LinearSolver``, and one that wants samples; (when called) if ``solve``
+            returns no pair with ``has_aux``; (when differentiated) if ``optimality`` is not shaped like the solution, or
+            that is not floating-point; jax's UnexpectedTracerError if a function closes over what is differentiated.
 
     Reference: Blondel, Berthet, Cuturi, Frostig, Hoyer, Llinares-López, Pedregosa, Vert, "Efficient and modular implicit
     differentiation", NeurIPS 2022, arXiv 2105.15183.

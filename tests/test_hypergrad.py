@@ -86,6 +86,37 @@ def test_closed_form(name):
         assert stats.adjoint_residual < 1e-9
 
 
+def test_invariances():
+    """Under z -> M z and g -> 3 g; equivariance under x -> R x; linearity in f; terms that are absent."""
+    q, x = small(), small().start.outer
+    point = at_the_solution()[1]
+    rng = np.random.default_rng(0)
+    m, r = rng.normal(size=(5, 5)), np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    g, f = q.problem
+    cases = {
+        "z and g": (
+            Problem(lambda z, x, d: 3 * g(m @ z, x, d), lambda z, x, d: f(m @ z, x, d)),
+            np.linalg.inv(m) @ point.inner,
+            x,
+        ),
+        "x": (Problem(lambda z, x, d: g(z, r @ x, d), lambda z, x, d: f(z, r @ x, d)), point.inner, r.T @ x),
+        "f": (Problem(g, lambda z, x, d: 2 * f(z, x, d) + jnp.sum(x)), point.inner, x),
+        "f without z": (Problem(g, lambda z, x, d: jnp.sum(x**2)), point.inner, x),
+        "g without x": (Problem(lambda z, x, d: g(z, 0 * x, d), f), point.inner, x),
+    }
+    run = lambda problem, z, x: hypergradient(problem, implicit())(z, x, whole(q))[1]
+    found = compiled(lambda points: {k: run(p, *points[k]) for k, (p, _, _) in cases.items()})(
+        {k: (jnp.asarray(z), jnp.asarray(x)) for k, (_, z, x) in cases.items()}
+    )
+    gradient = at_the_solution()[3]
+    outer = {name: np.asarray(leaf.mean(0)) for name, leaf in q.data.outer.items()}
+    close(found["z and g"], gradient)
+    close(found["x"], r.T @ gradient)
+    close(found["f"], 2 * gradient + 1)
+    close(found["f without z"], 2 * x)
+    close(found["g without x"], outer["D"] @ x + outer["E"] @ point.inner + outer["d"])
+
+
 def hessian():
     return np.asarray(small().data.inner["A"].mean(0))
 
@@ -268,6 +299,9 @@ FRESH = linear_solve.neumann(terms=3, rate=0.1, fresh=True)
         (lambda: iterative(optax.sgd(0.1), 5, checkpoint="all"), ValueError, "checkpoint: got 'all'"),
         (lambda: zeroth_order(optax.sgd(0.1), 5, directions=0), ValueError, "directions: got 0"),
         (lambda: zeroth_order(optax.sgd(0.1), 5, radius=0.0), ValueError, "radius: got 0.0"),
+        (lambda: t1_t2(0.0), ValueError, "scale: got 0.0"),
+        (lambda: hypergradient(jnp.sin, implicit()), TypeError, "problem: got"),
+        (lambda: implicit(tolerance=-1.0), ValueError, "tolerance: got -1.0"),
         (lambda: implicit(FRESH), ValueError, "solver: .* fresh=False"),
         (lambda: implicit_root(jnp.sin, solver=FRESH), ValueError, "solver: .* fresh=False"),
         (lambda: implicit_root(jnp.sin, solver=linear_solve.cg), TypeError, "solver: got function, expected a LinearSolver"),
@@ -276,6 +310,8 @@ FRESH = linear_solve.neumann(terms=3, rate=0.1, fresh=True)
             ValueError,
             r"cotangent: got float64\[3\]",
         ),
+        (lambda: root_vjp(jnp.subtract, jnp.ones(2), jnp.ones(2), jnp.ones(2)), TypeError, "params: got .*, expected a tuple"),
+        (lambda: root_jvp(jnp.subtract, jnp.int32(1), (1.0,), (1.0,)), TypeError, r"solution: got int32\[\]"),
         (lambda: root_jvp(lambda z, t: (z, t), jnp.ones(()), (1.0,), (1.0,)), ValueError, "optimality: got the structure"),
     ],
 )
@@ -539,6 +575,8 @@ def test_what_is_differentiated_must_be_a_parameter():
 
 
 def test_wrong_structures():
+    with pytest.raises(TypeError, match=r"solve: got .*, expected \(solution, aux\)"):
+        implicit_root(jnp.subtract, has_aux=True)(lambda init, theta: theta)(jnp.ones(()), jnp.ones(()))
     for make, message in (
         (implicit_root(lambda z, theta: (z - theta, z)), "optimality: got the structure"),
         (implicit_fixed_point(lambda z, theta: theta[None]), r"fixed_point: got float64\[1\]"),
