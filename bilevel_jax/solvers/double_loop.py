@@ -40,6 +40,7 @@ def aid_bio(
     Algorithm 1.
 
     Example:
+        >>> import jax, optax
         >>> from bilevel_jax import run, samplers, testing
         >>> q = testing.quadratic(jax.random.key(0))
         >>> solver = aid_bio(q.problem, Vars(inner=optax.sgd(1.0), outer=optax.sgd(0.3)))
@@ -80,6 +81,7 @@ def ba(
     Reference: Ghadimi, Wang, "Approximation methods for bilevel programming", 2018, arXiv 1802.02246, Algorithm 1.
 
     Example:
+        >>> import optax
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> ba(problem, Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1))).draws
         3
@@ -114,6 +116,7 @@ def hoag(problem: Problem, opts: Vars, *, tolerance: Schedule = lambda t: 0.1 * 
     Reference: Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016, arXiv 1602.02355.
 
     Example:
+        >>> import optax
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> hoag(problem, Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)), max_steps=50).cost.draw.inner_gradient
         51.0
@@ -146,6 +149,7 @@ def bsa(problem: Problem, opts: Vars, *, rate: Schedule, inner_steps: int = 10, 
     Public code moves x before z; here z first, as in the paper.
 
     Example:
+        >>> import optax
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> bsa(problem, Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)), rate=0.1).cost.draw.hessian_vector
         4.5
@@ -171,6 +175,7 @@ def ttsa(problem: Problem, opts: Vars, *, rate: Schedule, terms: int = 10) -> So
     to actor-critic", SIAM J. Optim. 2023, arXiv 2007.05170.
 
     Example:
+        >>> import optax
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> ttsa(problem, Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)), rate=0.1).cost.draw.inner_gradient
         1.0
@@ -208,6 +213,7 @@ def stocbio(
     has neither.  Deviation: d_x f is taken on the sample of the cross product, not on that of d_z f.
 
     Example:
+        >>> import optax
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> tuple(stocbio(problem, Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)), rate=0.1, terms=5).cost.draw)
         (10.0, 5.0, 1.0, 2.0)
@@ -233,6 +239,7 @@ def amigo(problem: Problem, opts: Vars, *, aux_rate: Schedule, inner_steps: int 
     2111.14580.
 
     Example:
+        >>> import optax
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> tuple(amigo(problem, Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)), aux_rate=0.1).cost.draw)
         (10.0, 10.0, 1.0, 2.0)

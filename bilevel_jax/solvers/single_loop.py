@@ -39,6 +39,7 @@ def soba(problem: Problem, opts: Vars, *, oracle: MakeOracle = implicit) -> Solv
     Example:
         >>> import jax
         >>> from bilevel_jax import run, samplers, testing
+        >>> from bilevel_jax.solvers import default_opts
         >>> q = testing.quadratic(jax.random.key(0))
         >>> solver = soba(q.problem, default_opts(soba, 0.3, 0.3, 0.15))
         >>> carry, _ = run(solver, samplers.uniform(4), q.start, q.data, jax.random.key(1), steps=100)
@@ -67,6 +68,7 @@ def ma_soba(problem: Problem, opts: Vars, *, theta: Schedule = 0.1, oracle: Make
     conditions", JMLR 2024, arXiv 2306.12067.
 
     Example:
+        >>> from bilevel_jax.solvers import default_opts
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> ma_soba(problem, default_opts(ma_soba, 0.1, 0.1, 0.1), theta=0.2).draws
         1
@@ -98,6 +100,7 @@ def saba(problem: Problem, opts: Vars, *, oracle: MakeOracle = implicit) -> Solv
     Example:
         >>> import jax
         >>> from bilevel_jax import run, samplers, testing
+        >>> from bilevel_jax.solvers import default_opts
         >>> q = testing.quadratic(jax.random.key(0))
         >>> solver = saba(q.problem, default_opts(saba, 0.2, 0.2, 0.1))
         >>> _, history = run(solver, samplers.uniform(5), q.start, q.data, jax.random.key(1), steps=1000, metrics=q.metrics)
@@ -123,6 +126,7 @@ def srba(problem: Problem, opts: Vars, *, period: int, oracle: MakeOracle = impl
     minimization", AISTATS 2024, arXiv 2302.08766.
 
     Example:
+        >>> from bilevel_jax.solvers import default_opts
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> srba(problem, default_opts(srba, 0.1, 0.1, 0.1), period=10).cost.full.cross
         0.1
@@ -147,6 +151,7 @@ def spaba(problem: Problem, opts: Vars, *, probability: float, oracle: MakeOracl
     sample complexity", ICML 2024, arXiv 2405.18777.
 
     Example:
+        >>> from bilevel_jax.solvers import default_opts
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> spaba(problem, default_opts(spaba, 0.1, 0.1, 0.1), probability=0.25).cost.draw.cross
         1.5
@@ -172,6 +177,7 @@ def storm_soba(
     SGD", NeurIPS 2019, arXiv 1905.10018.
 
     Example:
+        >>> from bilevel_jax.solvers import default_opts
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> storm_soba(problem, default_opts(storm_soba, 0.1, 0.1, 0.1)).cost.draw.inner_gradient
         2.0
@@ -199,6 +205,7 @@ def fsla(
     arXiv 2112.04660.
 
     Example:
+        >>> from bilevel_jax.solvers import default_opts
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> tuple(fsla(problem, default_opts(fsla, 0.1, 0.1, 0.1)).cost.draw)
         (1.0, 1.0, 2.0, 3.0)
