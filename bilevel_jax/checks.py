@@ -33,6 +33,12 @@ def unit_interval(name: str, value: Any) -> None:
         raise ValueError(f"{name}: got {value}, expected a number in [0, 1]")
 
 
+def transformation(name: str, opt: Any) -> None:
+    """Raise TypeError unless ``opt`` is an optax transformation."""
+    if not (callable(getattr(opt, "init", None)) and callable(getattr(opt, "update", None))):
+        raise TypeError(f"{name}: got {type(opt).__name__}, expected an optax transformation")
+
+
 def describe(leaf: Any) -> str:
     """The dtype and shape of a leaf, as ``float32[3, 4]``."""
     return f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"

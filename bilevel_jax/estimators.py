@@ -44,7 +44,7 @@ def narrow(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, like)
 
 
-def _on_full(batch: Batch, name: str) -> Batch:
+def on_full(batch: Batch, name: str) -> Batch:
     if batch.full is None:
         raise ValueError(f"batch.full: got None, expected the full data, which {name} needs for its refreshes")
     return Batch(inner=batch.full.inner, outer=batch.full.outer, key=batch.key)
@@ -275,7 +275,7 @@ def sarah(period: int) -> Estimator:
     checks.positive_int("period", period)
 
     def estimate(oracle: Any, vars: Vars, batch: Batch, count: Array, state: RecursiveState) -> Vars:
-        full = _on_full(batch, "sarah")
+        full = on_full(batch, "sarah")
         return lax.cond(
             count % period == 0,
             lambda: total(oracle(vars, full)),
@@ -305,7 +305,7 @@ def page(probability: float) -> Estimator:
     checks.unit_interval("probability", probability)
 
     def estimate(oracle: Any, vars: Vars, batch: Batch, count: Array, state: RecursiveState) -> Vars:
-        full = _on_full(batch, "page")
+        full = on_full(batch, "page")
         if batch.key is None:
             raise ValueError("batch.key: got None, expected a key, from which page draws its coin")
         # A key of its own, so that the coin is independent of what a loss draws from batch.key.

@@ -98,24 +98,26 @@ def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0)
         target = _cast(atol, rr) + _cast(eps**0.5 if rtol is None else rtol, rr) * _norm(b)
 
         def step(s: _CG, Ap: Array) -> _CG:
-            pAp, pp = _dot(s.p, Ap), _dot(s.p, s.p)
-            scale = jnp.maximum(s.scale, jnp.sqrt(_dot(Ap, Ap) / pp))
+            """Whether it may be done is seen from scalars, before it is done: no vector is read to be tested or restored."""
+            pAp, pp, ApAp = _dot(s.p, Ap), _dot(s.p, s.p), _dot(Ap, Ap)
+            scale = jnp.maximum(s.scale, jnp.sqrt(ApAp / pp))
             alpha = s.rr / pAp
-            u, r = s.u + alpha * s.p, s.r - alpha * Ap
-            rr = _dot(r, r)
-            p = r + rr / s.rr * s.p
             code = _first(
-                (~all_finite(Ap), Result.NONFINITE),
-                (~((s.rr > 0) & (pp > 0) & jnp.isfinite(s.rr + pp + pAp)), Result.BREAKDOWN),
+                (~((s.rr > 0) & (pp > 0) & jnp.isfinite(s.rr + pp)), Result.BREAKDOWN),
+                (~jnp.isfinite(ApAp), Result.NONFINITE),
                 (pAp <= eps * scale * pp, Result.NEGATIVE_CURVATURE),
-                (~all_finite((rr, u, p)), Result.BREAKDOWN),
+                (~jnp.isfinite(alpha**2 * (pp + ApAp)), Result.BREAKDOWN),
                 (s.steps + 1 >= max_steps, Result.MAX_STEPS_REACHED),
                 default=s.code,
             )
+            fine = code <= Result.MAX_STEPS_REACHED
+            u, r = _where(fine, (s.u + alpha * s.p, s.r - alpha * Ap), (s.u, s.r))
+            rr = jnp.where(fine, _dot(r, r), s.rr)
+            beta = rr / s.rr
+            p = jnp.where(fine & jnp.isfinite(beta**2 * pp), r + beta * s.p, r)
             # No check in between: exchanging r at the limit of the precision costs the directions their conjugacy.
             check = (jnp.sqrt(rr) <= target) | (code >= 0)
-            new = s._replace(u=u, r=r, p=p, rr=rr, scale=scale, steps=s.steps + 1)
-            return _where(code > Result.MAX_STEPS_REACHED, s, new)._replace(code=code, checking=check)
+            return s._replace(u=u, r=r, p=p, rr=rr, scale=scale, steps=s.steps + 1, code=code, checking=check)
 
         def check(s: _CG, Au: Array) -> _CG:
             r = b - Au
@@ -189,14 +191,22 @@ def neumann(*, terms: int, rate: Any, fresh: bool = False, batches: tuple[int, .
         del guess, key
         eta = _cast(rate, b)
 
+        def factor(state: tuple, k: Array) -> tuple:
+            r, s = state
+            product = A(r, k)
+            return product, (r - eta * product, s + (r - eta * product))
+
         def sample(state: tuple, x: tuple) -> tuple:
             (r, s, product), (k, weight, end) = state, x
             product += weight * A(r, k)
             new = r - eta * product
-            return _where(end, (new, s + new, jnp.zeros_like(b)), (r, s, product))
+            return product, _where(end, (new, s + new, jnp.zeros_like(b)), (r, s, product))
 
-        xs = jnp.arange(total, dtype=jnp.int32), _cast(weights, b), jnp.asarray(ends)
-        (r, s, _), fine = _scan(sample, (b, b, jnp.zeros_like(b)), xs)
+        ks = jnp.arange(total, dtype=jnp.int32)
+        if total == terms:
+            (r, s), fine = _scan(factor, (b, b), ks)
+        else:
+            (r, s, _), fine = _scan(sample, (b, b, jnp.zeros_like(b)), (ks, _cast(weights, b), jnp.asarray(ends)))
         return eta * s, Stats(_verdict(_norm(r), (1 + eps**0.5) * _norm(b), fine), _norm(r), jnp.int32(total))
 
     return _solver(iterate, total, symmetric=None if fresh else False, draws=total if fresh else 0)
@@ -263,8 +273,9 @@ def random_neumann(*, terms: int, rate: Any, fresh: bool = False) -> LinearSolve
         p = jax.random.randint(key, (), 0, terms, jnp.int32)
         eta = _cast(rate, b)
 
-        def factor(r: Array, k: Array) -> Array:
-            return lax.cond(k < p, lambda: r - eta * A(r, k), lambda: r)
+        def factor(r: Array, k: Array) -> tuple[Array, Array]:
+            r = lax.cond(k < p, lambda: r - eta * A(r, k), lambda: r)
+            return r, r
 
         r, fine = _scan(factor, b, jnp.arange(terms - 1, dtype=jnp.int32))
         return terms * eta * r, Stats(_verdict(_norm(r), (1 + eps**0.5) * _norm(b), fine), _norm(r), p)
@@ -284,7 +295,8 @@ def richardson(*, steps: int, rate: Any, fresh: bool = False) -> LinearSolver:
 
     Returns:
         A solver.  With ``fresh`` the residual is an estimate, that of the last sample before its step.  Codes: SUCCESSFUL;
-        DIVERGED (the residual has grown, with ``fresh`` by more than ``|b|``; last finite iterate); NONFINITE.
+        DIVERGED (the residual has grown; with ``fresh``, the iterate is larger than steps within the limit of stability can
+        make it, ``|guess| + steps rate |b|``; last finite iterate); NONFINITE.
 
     Cost: ``steps`` applications, and without ``fresh`` one for the residual.
 
@@ -296,7 +308,7 @@ def richardson(*, steps: int, rate: Any, fresh: bool = False) -> LinearSolver:
         ([0.875], 0.125)
     """
     rate = _number("rate", rate)
-    return _march(steps, lambda b: (_cast(rate, b), _cast(0.0, b)), growth=1, symmetric=None if fresh else False)
+    return _march(steps, lambda b: (_cast(rate, b), None), growth=1, symmetric=None if fresh else False)
 
 
 def heavy_ball(*, steps: int, smoothness: Any, strong_convexity: Any) -> LinearSolver:
@@ -566,10 +578,13 @@ def _march(steps: int, rates: Callable[[Array], tuple], *, growth: float, symmet
         def step(state: tuple, k: Array) -> tuple:
             u, previous, first, _ = state
             r = b - A(u, k)
-            return u + lam * r + th * (u - previous), u, jnp.where(k == 0, _norm(r), first), _norm(r)
+            size = jnp.sqrt(_dot(r, r))
+            new = u + lam * r if previous is None else u + lam * r + th * (u - previous)
+            return r, (new, None if previous is None else u, jnp.where(k == 0, size, first), size)
 
         zero = jnp.zeros((), b.dtype)
-        (u, _, first, last), fine = _scan(step, (u, u, zero, zero), jnp.arange(steps, dtype=jnp.int32))
+        start = (u, None if th is None else u, zero, zero)
+        (u, _, first, last), fine = _scan(step, start, jnp.arange(steps, dtype=jnp.int32))
         residual = last if fresh else _norm(b - A(u))
         most = growth * first + (1.0 if fresh else eps**0.5) * _norm(b)
         return u, Stats(_verdict(jnp.fmax(last, residual), most, fine), residual, jnp.int32(steps if fresh else steps + 1))
@@ -577,13 +592,16 @@ def _march(steps: int, rates: Callable[[Array], tuple], *, growth: float, symmet
     return _solver(iterate, steps if fresh else steps + 1, symmetric=symmetric, draws=steps if fresh else 0)
 
 
-def _scan(step: Callable[[Any, Any], Any], state: Any, xs: Any) -> tuple[Any, Array]:
-    """``step(state, x) -> state`` along ``xs``, as long as it is finite: the last finite state, and whether all were."""
+def _scan(step: Callable[[Any, Any], tuple[Array, Any]], state: Any, xs: Any) -> tuple[Any, Array]:
+    """``step(state, x) -> (change, state)`` along ``xs``, as long as ``|change|^2`` is finite, which takes one pass over it.
+
+    Returns the last state that was so, and whether all were.
+    """
 
     def body(carry: tuple, x: Any) -> tuple[tuple, None]:
         state, fine = carry
-        new = step(state, x)
-        fine &= all_finite(new)
+        change, new = step(state, x)
+        fine &= jnp.isfinite(_dot(change, change))
         return (_where(fine, new, state), fine), None
 
     return lax.scan(body, (state, jnp.array(True)), xs)[0]
@@ -628,10 +646,11 @@ def _still(tree: PyTree) -> PyTree:
 
 
 def _number(name: str, value: Any, zero: bool = False) -> Any:
-    """A positive finite number (or 0, if ``zero``), else an error; arrays, which may be traced, pass."""
+    """A positive finite number (or 0, if ``zero``), else an error; traced ones pass."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a number")
-    if isinstance(value, int | float | np.number) and not (0 < value < np.inf or (zero and value == 0)):
+    known = not isinstance(value, jax.core.Tracer) and np.ndim(value) == 0
+    if known and not (0 < value < np.inf or (zero and value == 0)):
         raise ValueError(f"{name}: got {value}, expected a finite number {'of at least' if zero else 'above'} 0")
     return _still(value)
 

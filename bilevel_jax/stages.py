@@ -69,8 +69,8 @@ def solve_inner(
 
     Args:
         problem: the two losses.
-        opt: optimiser of z, which starts without momentum in every sweep.
-        max_steps: number of steps, a positive int or a schedule of the sweep (rounded up).
+        opt: optimiser of z, which starts anew, momentum and counts of schedules, in every sweep.
+        max_steps: number of steps, a positive int or a schedule of the sweep (rounded up, 1 at least).
         tolerance: if given, stop as soon as ``|d_z g|`` is at most this; a number or a schedule of the sweep.
 
     Returns:
@@ -78,7 +78,7 @@ def solve_inner(
         not finite; z stays at the last finite one).
 
     Raises:
-        TypeError, ValueError: for ``max_steps`` below 1 and anything but a ``Problem``.
+        TypeError, ValueError: for ``max_steps`` below 1, a negative tolerance, and anything but a ``Problem`` and an optimiser.
 
     Cost: at most ``max_steps`` inner gradients, and one more with a tolerance; inf if that is a schedule: they are counted.
 
@@ -88,8 +88,11 @@ def solve_inner(
         21.0
     """
     g, _ = losses(problem)
+    checks.transformation("opt", opt)
     if not callable(max_steps):
         checks.positive_int("max_steps", max_steps)
+    if isinstance(tolerance, int | float) and not tolerance >= 0:
+        raise ValueError(f"tolerance: got {tolerance}, expected a number of at least 0")
 
     def init(vars: Vars, batches: Batch) -> SolveState:
         draw = jax.eval_shape(lambda b: take_draw(b, 0), batches)
@@ -98,7 +101,7 @@ def solve_inner(
 
     def update(state: SolveState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, SolveState]:
         draw = take_draw(batches, 0)
-        limit = jnp.ceil(_at(max_steps, step)).astype(jnp.int32)
+        limit = jnp.maximum(jnp.ceil(jnp.asarray(_at(max_steps, step), jnp.float32)), 1.0).astype(jnp.int32)
         target = None if tolerance is None else jnp.asarray(_at(tolerance, step), state.residual.dtype)
 
         def gradient(z: PyTree) -> PyTree:
@@ -206,7 +209,7 @@ def unroll(
 
     Args:
         problem: the two losses.
-        opts: optimisers of z and x.  That of z starts without momentum in every sweep.
+        opts: optimisers of z and x.  That of z starts anew, momentum and counts of schedules, in every sweep.
         steps: inner steps.
         truncate, checkpoint: as for `bilevel_jax.hypergrad.iterative`; ``truncate=0`` is the first-order method.
         jacobian: how a vector is pulled back through the path: `bilevel_jax.hypergrad.reverse` or ``gaussian(...)`` of it.
@@ -229,6 +232,10 @@ def unroll(
         6
     """
     g, f = losses(problem)
+    for name in ("inner", "outer"):
+        checks.transformation(f"opts.{name}", getattr(opts, name))
+    if opts.aux is not None:
+        raise ValueError("opts.aux: got an optimiser, expected None, because there is no v to move")
     follow = path(opts.inner, steps, truncate=truncate, checkpoint=checkpoint)
     kept = steps if truncate is None else truncate
 
@@ -267,5 +274,4 @@ def unroll(
 
 def _at(schedule: Schedule, step: Array) -> Any:
     with jax.numpy_dtype_promotion("standard"):  # schedules are users' code, written as for optax
-        value = schedule(step) if callable(schedule) else schedule
-    return jnp.asarray(value, jnp.float32)
+        return schedule(step) if callable(schedule) else schedule

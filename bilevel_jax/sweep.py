@@ -1,7 +1,7 @@
 """Composition: stages that step the variables, and the sweep that applies them in order.
 
-The only module that touches optax.  optax is called under standard dtype promotion, because several of its parts (adam,
-debiased ema, cosine schedules) break under the strict promotion that the rest of this library keeps.
+optax is called under standard dtype promotion, here and elsewhere, because several of its parts (adam, debiased ema, cosine
+schedules) break under the strict promotion that the rest of this library keeps.
 """
 
 from typing import Any, NamedTuple
@@ -65,7 +65,7 @@ def descend(
         estimator: `bilevel_jax.estimators.plain` by default.
         steps: number of steps in a sweep.
         fresh: whether each step takes a draw of its own (as many as the oracle wants), or all take the same one.
-        restart: whether the optimisers forget their momentum at the start of every sweep.
+        restart: whether the optimisers start anew, momentum and counts of schedules, in every sweep.
 
     Returns:
         A stage of ``steps`` draws (one if not ``fresh``) and ``steps`` times the cost of its estimator.
@@ -96,12 +96,13 @@ def descend(
     single = (lambda batches: take_draw(batches, 0)) if oracle.draws is None else (lambda batches: batches)
     moved = Vars(*(o is not None for o in opts))
 
-    def bind(step: Array, codes: list[Array]) -> BoundOracle:
+    def bind(step: Array, codes: list[Array] | None) -> BoundOracle:
         def pruned(vars: Vars, batch: Batch) -> Terms:
             parts = oracle.terms(vars, batch, step)
             if not isinstance(parts, Terms):  # of a composite oracle
                 parts, code = parts
-                codes.append(code)
+                if codes is not None:
+                    codes.append(code)
             parts = Terms(*(Vars(*(t if m else None for t, m in zip(part, moved, strict=True))) for part in parts))
             for name, m, *found in zip(Vars._fields, moved, *parts, strict=True):
                 if m and all(t is None for t in found):
@@ -115,7 +116,7 @@ def descend(
 
     def init(vars: Vars, batches: Batch) -> DescendState:
         draw = jax.eval_shape(lambda b: single(take_draw(b, slice(0, width))), batches)
-        bound = bind(jnp.zeros((), jnp.int32), [])
+        bound = bind(jnp.zeros((), jnp.int32), None)
         jax.eval_shape(bound, vars, draw)  # refuses bad losses and variables here, before anything is compiled
         with jax.numpy_dtype_promotion("standard"):
             opt_states = _each(lambda o, value: o.init(value), opts, vars)
@@ -238,5 +239,5 @@ def _check_opts(opts: Any) -> None:
     if all(o is None for o in opts):
         raise ValueError("opts: got no transformation, expected one for at least one variable")
     for name, opt in zip(Vars._fields, opts, strict=True):
-        if opt is not None and not (callable(getattr(opt, "init", None)) and callable(getattr(opt, "update", None))):
-            raise TypeError(f"opts.{name}: got {type(opt).__name__}, expected an optax transformation or None")
+        if opt is not None:
+            checks.transformation(f"opts.{name}", opt)

@@ -118,7 +118,8 @@ class Oracle(NamedTuple):
     draws: int | None = None  # None: one draw, not stacked
 
 
-#: What an estimator sees: an oracle whose step is bound and whose terms are pruned to the variables that move.
+#: What an estimator sees: an oracle whose step is bound and whose terms are pruned to the variables that move.  It may be
+#: called inside `jax.lax.cond` and the like, but not a composite one, whose codes must reach the state.
 BoundOracle = Callable[[Vars, Batch], Terms]
 
 

@@ -75,7 +75,8 @@ class Config(Options):
     dataset: Literal["digits", "mnist", "fashion_mnist"] = "digits"
     """digits is bundled; the others are downloaded, or found through BILEVEL_JAX_DATA"""
     corruption: float = 0.5
-    """probability that a training label is replaced by a uniform class (which may be the right one)"""
+    """share of the training labels that are replaced: by a uniform class, which may be the right one, each with this
+    probability (setting soba), or by a wrong one, of exactly this share (setting thesis)"""
     setting: Literal["soba", "thesis"] = "soba"
     """whose data, noise, losses, step sizes and metrics: those of the SOBA/SABA paper, or of the bilevel thesis"""
     solvers: tuple[Name, ...] | None = None
@@ -171,10 +172,11 @@ def main(config: Config) -> None:
     """Run the comparison."""
     steps, evaluations = LENGTH[config.dataset]
     steps, evaluations = (steps, evaluations) if config.setting == "soba" else (480, 20)
+    settings = rates(config)
     config = dataclasses.replace(config, steps=config.steps or steps, evaluations=config.evaluations or evaluations)
     if not 0 <= config.corruption <= 1:
         raise SystemExit(f"--corruption: got {config.corruption}, expected a number in [0, 1]")
-    compare(lambda: task(config), names(config), rates(config), config, {"experiment": "data_cleaning"})
+    compare(lambda: task(config), names(config), settings, config, {"experiment": "data_cleaning"})
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def compare(
     try:
         with _interruptible(), tqdm(total=len(names) * evaluations, unit="evaluation", file=sys.stderr) as bar:
             for name in names:
-                updates, seeds = rates[name].updates or steps, 1 if METHODS[name].full else options.seeds
+                updates, seeds = rates[name].updates or steps, options.seeds if METHODS[name].random else 1
                 built = build(task, name, rates[name], options.batch_size)
                 _run_one(task, name, *built, store, seeds, updates, evaluations, bar)
     except KeyboardInterrupt:

@@ -60,7 +60,8 @@ class Method(NamedTuple):
 
     build: Callable[[Problem, Rates, Levels], Solver]
     coin: bool = False  # whether its lanes branch differently under vmap
-    full: bool = False  # whether it is deterministic: every draw is all the data, and one seed is all
+    full: bool = False  # whether every draw is all the data
+    random: bool = True  # whether seeds differ; if not, one is all
 
 
 def _plainly(make: Callable[..., Solver]) -> Method:
@@ -97,6 +98,7 @@ METHODS: dict[str, Method] = {
         solvers.aid_bio,
         lambda r, _: {"inner_steps": r.inner_steps, "linear_solver": linear_solve.cg(max_steps=r.terms)},
         full=True,
+        random=False,
     ),
     "aid_fp": _looped(
         solvers.aid_bio,
@@ -105,12 +107,15 @@ METHODS: dict[str, Method] = {
             "linear_solver": linear_solve.richardson(steps=r.terms, rate=r.rate),
         },
         full=True,
+        random=False,
     ),
-    # Summable tolerances .1 * .9^t, and never more steps than the other double loops take.
-    "hoag": _looped(solvers.hoag, lambda r, _: {"max_steps": max(r.inner_steps, r.terms)}, full=True),
-    "itd_bio": _looped(solvers.itd_bio, lambda r, _: {"inner_steps": r.inner_steps}, full=True),
+    # At most as many steps on z, and on v, as the other double loops take on z.
+    "hoag": _looped(solvers.hoag, lambda r, _: {"max_steps": r.inner_steps}, full=True, random=False),
+    "itd_bio": _looped(solvers.itd_bio, lambda r, _: {"inner_steps": r.inner_steps}, full=True, random=False),
     # The "reverse" of the thesis' experiments: back-propagation through the last steps only.
-    "itd_truncated": _looped(solvers.itd_bio, lambda r, _: {"inner_steps": r.inner_steps, "truncate": r.terms}, full=True),
+    "itd_truncated": _looped(
+        solvers.itd_bio, lambda r, _: {"inner_steps": r.inner_steps, "truncate": r.terms}, full=True, random=False
+    ),
     "bsa": _looped(solvers.bsa, lambda r, _: {"inner_steps": r.inner_steps, "terms": r.terms, "rate": r.rate}, coin=True),
     "ttsa": _looped(solvers.ttsa, lambda r, _: {"terms": r.terms, "rate": r.rate}, coin=True),
     "stocbio": _looped(solvers.stocbio, lambda r, _: {"inner_steps": r.inner_steps, "terms": r.terms, "rate": r.rate}),

@@ -38,10 +38,11 @@ def accbio(
 
     Args:
         problem: inner and outer loss; deterministic: `bilevel_jax.samplers.full`.
-        smoothness, strong_convexity: L and mu of g in z.
+        smoothness, strong_convexity: L and mu of g in z; Python numbers, all four, because the steps are computed from them
+            when the solver is made.
         outer_smoothness, outer_strong_convexity: L and mu of h.
         inner_steps, aux_steps: N and M, by default ceil(sqrt(L / mu) log(1 / accuracy)).
-        accuracy: of the defaults.
+        accuracy: of the defaults, in (0, 1).
         warm: whether z and v start where they were, or at 0.
 
     Raises:
@@ -78,7 +79,7 @@ def accbio_bg(
     accuracy: float = 1e-6,
     warm: bool = True,
 ) -> Solver:
-    """AccBiO-BG: `accbio` with three outer sequences, for outer losses with bounded gradients; z starts where it was.
+    """AccBiO-BG: `accbio` with three outer sequences, for outer losses with bounded gradients; z and v start where they were.
 
     At ``y = eta x + (1 - eta) w``: ``x+ = tau y + (1 - tau) x - beta G(y)``, ``w+ = y - alpha G(y)`` with alpha = 1 / (2 L),
     s = sqrt(alpha mu), eta = s / (s + 2), tau = s / 2, beta = sqrt(alpha / mu).  The outer variable of the state is y.
@@ -121,6 +122,8 @@ def _three_sequences(smoothness: float, strong_convexity: float) -> optax.Gradie
 def _accelerated_loops(
     problem: Problem, L: float, mu: float, inner_steps: int | None, aux_steps: int | None, accuracy: float, warm: bool
 ) -> tuple[Stage, ...]:
+    if not 0 < accuracy < 1:
+        raise ValueError(f"accuracy: got {accuracy}, expected a number between 0 and 1")
     default = max(1, math.ceil(math.sqrt(L / mu) * math.log(1 / accuracy)))
     inner = optax.sgd(1 / L, _nesterov(L / mu), nesterov=True)
     steps = default if inner_steps is None else checks.positive_int("inner_steps", inner_steps)

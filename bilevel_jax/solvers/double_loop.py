@@ -24,8 +24,8 @@ def aid_bio(
 
     Args:
         problem: inner and outer loss.
-        opts: optax transformations of z and x; aux None.  Paper: constant steps, at most 1/L for z.  That of z starts without
-            momentum in every sweep.
+        opts: optax transformations of z and x; aux None.  Paper: constant steps, at most 1/L for z.  That of z starts anew,
+            momentum and counts of schedules, in every sweep.
         inner_steps: D, of the order of the condition number in theory; all on one draw.
         linear_solver: by default ten steps of conjugate gradients; ``richardson(steps=N, rate=...)`` is AID-FP.
         warm: whether v starts where it was.  From 0 a small number of steps stalls at a biased point.
@@ -33,7 +33,7 @@ def aid_bio(
     Raises:
         TypeError, ValueError: for optimisers that are missing or not wanted, and numbers out of range.
 
-    Cost of an update: D inner gradients, the applications of the solver (11 and a check), one cross product, two outer
+    Cost of an update: D inner gradients, the applications of the solver (13 at most by default), one cross product, two outer
     gradient pairs.
 
     Reference: Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced design", ICML 2021, arXiv 2010.07962,
@@ -97,14 +97,17 @@ def ba(
     )
 
 
-def hoag(problem: Problem, opts: Vars, *, tolerance: Schedule = lambda t: 0.1 * 0.9**t, max_steps: int = 1000) -> Solver:
+def hoag(
+    problem: Problem, opts: Vars, *, tolerance: Schedule = lambda t: 0.1 / (t + 1.0) ** 2, max_steps: int = 1000
+) -> Solver:
     """HOAG: inner problem and linear system solved to a tolerance that falls with the sweeps, both started where they were.
 
     Deviation: the step of x is that of ``opts.outer``; the paper also adapts it to the observed decrease of h.
 
     Args:
         problem, opts: as for `aid_bio`.
-        tolerance: of ``|d_z g|`` and of ``|d2_zz g v + d_z f|`` in sweep t, summable.
+        tolerance: of ``|d_z g|`` and of ``|d2_zz g v + d_z f|`` in sweep t, summable.  Where it falls below the rounding of
+            the gradients, every sweep takes ``max_steps``.
         max_steps: most inner steps, and most steps of conjugate gradients, in a sweep.
 
     Raises:

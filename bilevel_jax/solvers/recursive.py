@@ -14,7 +14,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel_jax import checks
-from bilevel_jax.estimators import narrow, storm, total, widen
+from bilevel_jax.estimators import narrow, on_full, storm, total, widen
 from bilevel_jax.linear_solve import neumann, random_neumann
 from bilevel_jax.oracles import aid, aid_terms, losses
 from bilevel_jax.results import Status, Tally, tally
@@ -132,8 +132,9 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
         return widen(total(parts)), code  # sums of differences: see `bilevel_jax.estimators.widen`
 
     def init(vars: Vars, batches: Batch) -> VrboState:
-        if batches.full is None:
-            raise ValueError("batch.full: got None, expected the full data, which vrbo needs for its refreshes")
+        if batches.outer is None:
+            raise ValueError("batch.outer: got None, expected data of the outer loss")
+        on_full(batches, "vrbo")
         shapes, _ = jax.eval_shape(lambda b: at(vars.inner, vars.outer, lambda k: take_draw(b, k)), batches)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         with jax.numpy_dtype_promotion("standard"):
@@ -142,8 +143,7 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
 
     def update(state: VrboState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, VrboState]:
         z, v, x = vars
-        first = take_draw(batches, 0)
-        everything = Batch(first.full.inner, first.full.outer, key=first.key)
+        everything = on_full(take_draw(batches, 0), "vrbo")
         held, code = lax.cond(
             step % period == 0, lambda: at(z, x, lambda k: everything), lambda: (state.direction, state.status.code)
         )
@@ -170,7 +170,7 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
 class StableState(NamedTuple):
     hessian: Array  # float [p, p], running estimate of d2_zz g
     cross: Array  # float [d, p], running estimate of d2_xz g
-    old: Vars  # the variables at the last update
+    old: Vars  # z and x at the last update
     opts: Vars  # optax states of z and x
     tally: Tally
 
@@ -180,7 +180,8 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
 
     With H, J the estimates, each ``(1 - tau) (held - that at the old point) + that at the new point`` on one draw:
     ``v = -H^-1 d_z f``, ``x+ = x - c (d_x f + J v)``, ``z+ = z - a d_z g - H^-1 J' (x+ - x)``.  The eigenvalues of H are
-    raised to ``strong_convexity``.  The first estimates are the plain ones.
+    raised to ``strong_convexity`` where it is inverted; the recursion goes on from the estimate as it was.  The first estimates
+    are the plain ones.
 
     Args:
         problem, opts: as for `aid_bio`.  Paper: steps ~ t^-1/2.
@@ -206,6 +207,8 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
     if isinstance(strong_convexity, int | float) and not strong_convexity > 0:
         raise ValueError(f"strong_convexity: got {strong_convexity}, expected a number above 0")
     g, f = losses(problem)
+    if not 0 < strong_convexity < math.inf:
+        raise ValueError(f"strong_convexity: got {strong_convexity}, expected a finite number above 0")
     counted = Calls(hessian_vector=math.inf, cross=math.inf)  # 2 p, and p is not known here
 
     def flat(tree: PyTree, wide: Any) -> tuple[Array, Callable[[Array], PyTree]]:
@@ -226,7 +229,7 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
         hessian, cross = (jnp.zeros(s.shape, s.dtype) for s in shapes)
         with jax.numpy_dtype_promotion("standard"):
             states = Vars(inner=opts.inner.init(vars.inner), outer=opts.outer.init(vars.outer))
-        return StableState(hessian, cross, jax.tree.map(jnp.copy, vars), states, tally(counted))
+        return StableState(hessian, cross, jax.tree.map(jnp.copy, vars._replace(aux=None)), states, tally(counted))
 
     def update(state: StableState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, StableState]:
         z, _, x = vars
@@ -252,7 +255,9 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
         new_z = jax.tree.map(jnp.subtract, new_z, follow)
         calls = Calls(0, 2 * hessian.shape[0], 2 * hessian.shape[0], 0)
         spent = Tally(jax.tree.map(lambda t, c: t + jnp.int32(c), state.tally.calls, calls), counted)
-        return Vars(new_z, to_z(v), new_x), StableState(hessian, cross, vars, Vars(inner=inner, outer=outer), spent)
+        return Vars(new_z, to_z(v), new_x), StableState(
+            hessian, cross, vars._replace(aux=None), Vars(inner=inner, outer=outer), spent
+        )
 
     return sweep(Stage(init, update, 1, Cost(draw=counted._replace(inner_gradient=1.0, outer_gradient=1.0)), lazy=True))
 

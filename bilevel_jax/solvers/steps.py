@@ -46,7 +46,8 @@ DECAYS = {
 def default_opts(solver: Callable[..., Solver], inner: float, aux: float | None = None, outer: float | None = None) -> Vars:
     """The step-size schedules of a solver's paper, from the initial step sizes.
 
-    Schedules count applications of the optimiser: where a solver does several inner steps a sweep, those of z are counted.
+    Schedules count applications of the optimiser: where a solver does several inner steps a sweep, those of z are counted;
+    deterministic double loops and unrolled solvers count anew in every sweep.
 
     Args:
         solver: a constructor of `bilevel_jax.solvers` that takes ``opts``.
@@ -70,8 +71,9 @@ def default_opts(solver: Callable[..., Solver], inner: float, aux: float | None 
     if name not in DECAYS:
         raise ValueError(f"solver: got {solver!r}, expected one of {list(DECAYS)}")
     decay = DECAYS[name]
-    if outer is None:
-        raise ValueError("outer: got None, expected the step size of x")
+    for field, variable, value in (("inner", "z", inner), ("outer", "x", outer)):
+        if value is None:
+            raise ValueError(f"{field}: got None, expected the step size of {variable}")
     if aux is None and decay.aux:
         raise ValueError(f"aux: got None, expected a step size, because {name} moves v")
     if aux is not None and not decay.aux:
@@ -80,7 +82,11 @@ def default_opts(solver: Callable[..., Solver], inner: float, aux: float | None 
     def opt(rate: float, exponent: float) -> Any:
         return optax.sgd(rate if exponent == 0 else lambda t: rate * jnp.asarray(t + 1, jnp.float32) ** -exponent)
 
-    return Vars(opt(inner, decay.inner), None if aux is None else opt(aux, decay.inner), opt(outer, decay.outer))
+    return Vars(
+        opt(inner, decay.inner),
+        None if aux is None else opt(aux, decay.inner),
+        opt(outer, decay.outer),  # type: ignore[arg-type]
+    )
 
 
 def three(opts: Vars) -> Vars:
