@@ -15,7 +15,7 @@ from experiments.speed import implicit, torch_worker, unrolled
 from experiments.speed.__main__ import main
 from experiments.speed.hypergradients import NAMES, TINY, Others, Settings, cases, measure, torch_variants
 
-COLUMNS = ["case", "variant", "wall_ms", "best_ms", "spread", "wall_over_floor"]
+COLUMNS = ["case", "variant", "wall_ms", "best_ms", "spread", "wall_over_floor", "process_over_floor"]
 COLUMNS += ["error", "residual", "result", "memory_mib", "compile_s"]
 #: Relative errors in float64: of conjugate gradients at 1e-6, of direct solvers, and of the tolerance 1e-5 of normal equations.
 LOOSER = {
@@ -127,12 +127,14 @@ def test_command_writes_a_complete_table(tmp_path, capsys):
     assert absent in ([], ["torch cg by hand"])
     assert list(table["variant"]) == ["cg by hand", "ours cg", *({"torch cg by hand"} - set(absent))]
     assert list(table) == COLUMNS
-    numbers = table[:2][["wall_ms", "best_ms", "spread", "wall_over_floor", "error", "memory_mib", "compile_s"]]
+    numbers = table[:2][
+        ["wall_ms", "best_ms", "spread", "wall_over_floor", "process_over_floor", "error", "memory_mib", "compile_s"]
+    ]
     assert np.isfinite(numbers.to_numpy(float)).all()
     assert (numbers["error"] < 1e-5).all()
     assert (numbers["best_ms"] <= numbers["wall_ms"]).all()
     floor, ours = table.iloc[0], table.iloc[1]
-    assert floor["wall_over_floor"] == 1
+    assert floor["wall_over_floor"] == floor["process_over_floor"] == 1
     assert ours["result"] == "SUCCESSFUL"
     assert 0 < float(ours["residual"]) < 1e-6
     assert config["settings"]["only"] == only

@@ -28,13 +28,15 @@ Data are synthetic (Gaussian features, random labels) of the shapes of the paper
 
 ``python -m experiments.speed hypergradients`` times one hypergradient instead, at a given inner solution (`implicit`) and
 through 100 inner steps (`unrolled`), by this library, by others, and by hand.  Libraries that are not installed are left out,
-by name; those of PyTorch run in a process of their own (``--torch-python``), and take their turn with the rest.
+by name; those of PyTorch run in a process of their own (``--torch-python``), and take their turn with the rest.  Its threads
+wait passively unless OMP_WAIT_POLICY says otherwise: on a busy machine active ones take ten times as long.
 
 *hypergradients.csv*: one row a case and variant.
 
 =========================================  ==============================================================================
 ``wall_ms``, ``best_ms``, ``spread``       wall time on all cores: median and least of the repeats, and as above
-``wall_over_floor``                        median of the ratio within a repeat to the first row of the case
+``wall_over_floor``                        median of the ratio within a repeat to the first row of the case; ``process_...``
+                                           likewise, of what runs in this process: read it with ``--pin`` on a busy machine
 ``error``                                  relative: to a float64 direct solve, or to the gradient of the plain scan
 ``residual``, ``result``                   what the library says: residual of the linear system over ``|d_z f|``, and a code
 ``memory_mib``                             temporaries of the compiled program; PyTorch: growth of its process at the peak
