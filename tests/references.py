@@ -405,7 +405,7 @@ def sustain(run: Run) -> Iterator[Point]:
 
 
 def vrbo(run: Run, across_x: bool = True) -> Iterator[Point]:
-    """The first inner difference is taken across the step of x, unless told otherwise, the second across that of z."""
+    """The first difference is taken across the step of x, unless told otherwise, the second across that of z."""
     z, v, x = run.start
     way = None
     for t, draws in enumerate(run.draws):
@@ -414,11 +414,11 @@ def vrbo(run: Run, across_x: bool = True) -> Iterator[Point]:
             way = estimates(g, f, z, x, lambda fz, H=g["A"]: neumann_sum([H, H], fz, RATE))
         new_x = x - run.steps(t)[2] * way[1]
         old = (z, x if across_x else new_x)
-        for k in range(2):
-            window = draws[3 * k : 3 * k + 3]
+        for last, window in enumerate((draws[:3], draws[3:])):
             new, before = on_draws(run, window, z, new_x), on_draws(run, window, *old)
             way = tuple(w + n - b for w, n, b in zip(way, new, before, strict=True))
-            old, z = (z, new_x), z - run.steps(2 * t + k)[0] * way[0]
+            if not last:
+                old, z = (z, new_x), z - run.steps(t)[0] * way[0]
         x = new_x
         yield z, v, x
 

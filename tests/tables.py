@@ -65,7 +65,7 @@ NESTED_LOOPS: Rows = {
     "amigo": without_aux(solvers.amigo, aux_rate=falling_rate, inner_steps=2, aux_steps=2),
     "mrbo": without_aux(solvers.mrbo, rate=RATE, terms=2),
     "sustain": without_aux(solvers.sustain, rate=RATE, terms=2),
-    "vrbo": without_aux(solvers.vrbo, rate=RATE, period=PERIOD, inner_steps=2, terms=2),
+    "vrbo": without_aux(solvers.vrbo, rate=RATE, period=PERIOD, inner_steps=1, terms=2),
     "stable": without_aux(solvers.stable, strong_convexity=MU, tau=TAU),
     "itd_bio": without_aux(solvers.itd_bio, inner_steps=2, checkpoint="none", fresh=True),
     "fo_itd_bio": without_aux(solvers.fo_itd_bio, inner_steps=2),

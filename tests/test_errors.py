@@ -342,7 +342,7 @@ CASES = {
         lambda: step(solvers.pzobo(good(), TWO), draws_of(1)), ValueError, ("key", "None", "expected a key", "directions")
     ),
     "no full data for vrbo": Case(
-        lambda: step(solvers.vrbo(good(), TWO, rate=0.1, inner_steps=1, terms=2), draws_of(3)),
+        lambda: step(solvers.vrbo(good(), TWO, rate=0.1, inner_steps=1, terms=2), draws_of(6)),
         ValueError,
         ("batch.full", "None", "expected the full data", "vrbo"),
     ),

@@ -17,7 +17,7 @@ from bilevel_jax import checks
 from bilevel_jax.estimators import narrow, on_full, storm, total, widen
 from bilevel_jax.linear_solve import neumann, random_neumann
 from bilevel_jax.oracles import aid, aid_terms, losses
-from bilevel_jax.results import Status, Tally, tally
+from bilevel_jax.results import Status, Tally, keep, tally
 from bilevel_jax.samplers import take_draw, take_window
 from bilevel_jax.solvers.steps import two
 from bilevel_jax.stages import widest
@@ -97,9 +97,10 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
     """VRBO: SARAH estimates of ``d_z g`` and of the hypergradient, corrected along an inner loop after every step of x.
 
     With (z, x) the variables and D = (d_z g, hypergradient by a Neumann sum): every ``period`` sweeps D is that of the full
-    data; x+ = x - c D_x; then for t = 0..m, on fresh samples, D += D(z_t, x+) - D(z_{t-1}, x_{t-1}) and z_{t+1} = z_t - a D_z,
-    where (z_{-1}, x_{-1}) = (z, x) and z_0 = z.  So the first difference is taken across x, the others across z; public code
-    takes all of them at the new x, and never corrects for the step of x.
+    data; x+ = x - c D_x; then for t = 0..m+1, on fresh samples, D += D(z_t, x+) - D(z_{t-1}, x_{t-1}) and, but for the last t,
+    z_{t+1} = z_t - a D_z, where (z_{-1}, x_{-1}) = (z, x) and z_0 = z.  So the first difference is taken across x, the others
+    across z, and without noise D is that of the current variables.  Public code takes all differences at the new x, and never
+    corrects for the step of x.
 
     Deviation: the large batch of a refresh is the full data.
 
@@ -112,7 +113,8 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
     Raises:
         TypeError, ValueError: as for `aid_bio`; (when traced) if ``batch.full`` is missing.
 
-    Cost of an update: ``inner_steps`` times two of `mrbo`'s plain estimates, and one on the full data in every ``period``-th.
+    Cost of an update: ``inner_steps + 1`` times two of `mrbo`'s plain estimates, and one on the full data in every
+    ``period``-th.
 
     Reference: Yang, Ji, Liang, "Provably faster algorithms for bilevel optimization", NeurIPS 2021, arXiv 2106.04692,
     Algorithm 2.
@@ -120,7 +122,7 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
     Example:
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> tuple(vrbo(problem, Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)), rate=0.1, terms=5, inner_steps=4).cost.draw)
-        (8.0, 40.0, 8.0, 8.0)
+        (10.0, 50.0, 10.0, 10.0)
     """
     opts = two(opts)
     period, inner_steps = checks.positive_int("period", period), checks.positive_int("inner_steps", inner_steps)
@@ -155,16 +157,16 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
             new, new_code = at(z, new_x, lambda k: take_draw(draws, k))
             old, old_code = at(old_z, old_x, lambda k: take_draw(draws, k))
             held = jax.tree.map(lambda d, n, o: d + (n - o), held, new, old)
-            moved, opt = _apply(opts.inner, narrow(held.inner, z), opt, z)
+            moved, opt = keep(t < inner_steps, _apply(opts.inner, narrow(held.inner, z), opt, z), (z, opt))
             return (moved, z, new_x, held, opt, jnp.stack([code, new_code, old_code]).max()), None
 
         carry = (z, z, x, held, state.opts.inner, jnp.maximum(code, state.status.code))
-        (z, _, _, held, opt, code), _ = lax.scan(inner, carry, jnp.arange(inner_steps, dtype=jnp.int32))
+        (z, _, _, held, opt, code), _ = lax.scan(inner, carry, jnp.arange(inner_steps + 1, dtype=jnp.int32))
         return Vars(z, v, new_x), VrboState(held, Vars(inner=opt, outer=outer), Status(code))
 
     each = Calls(1.0, solver.applications, 1.0, 1.0)
-    cost = Cost(Calls(*(2 * inner_steps * c for c in each)), Calls(*(c / period for c in each)))
-    return sweep(Stage(init, update, inner_steps * width, cost, lazy=True))
+    cost = Cost(Calls(*(2 * (inner_steps + 1) * c for c in each)), Calls(*(c / period for c in each)))
+    return sweep(Stage(init, update, (inner_steps + 1) * width, cost, lazy=True))
 
 
 class StableState(NamedTuple):
@@ -236,10 +238,10 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
         draw = take_draw(batches, 0)
         with jax.numpy_dtype_promotion("standard"):
             weight = jnp.where(step == 0, 1.0, tau(step) if callable(tau) else tau)
-        keep = 1 - jnp.clip(weight, 0.0, 1.0)
+        rest = 1 - jnp.clip(weight, 0.0, 1.0)
         new, old = matrices(z, x, draw), matrices(state.old.inner, state.old.outer, draw)
         held = (state.hessian, state.cross)
-        hessian, cross = (n + keep.astype(n.dtype) * (h - o) for n, o, h in zip(new, old, held, strict=True))
+        hessian, cross = (n + rest.astype(n.dtype) * (h - o) for n, o, h in zip(new, old, held, strict=True))
         hessian = (hessian + hessian.T) / 2
         values, basis = jnp.linalg.eigh(hessian)
         values = jnp.maximum(values, jnp.asarray(strong_convexity, values.dtype))
