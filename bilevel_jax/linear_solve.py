@@ -2,9 +2,9 @@
 
 In a bilevel problem ``A = d2_zz g`` and ``b = -d_z f``, and the solution is the v of the library's signs.  What a solver meets
 in the numbers never raises: it returns a code, a residual, and a solution without NaN; a right-hand side of 0 gives 0, one that
-is not finite 0 and NONFINITE.  Arguments out of range raise ValueError or TypeError when a solver is made; a guess or a
-``matvec(u)`` that is not shaped like ``rhs``, when the call is traced.  Numbers (rates, tolerances, damping) may be traced;
-``damping=d`` solves ``(A + d I) u = b``.
+is not finite 0 and NONFINITE.  Iterates whose squares overflow count as not finite.  Arguments out of range raise ValueError or
+TypeError when a solver is made; a guess or a ``matvec(u)`` that is not shaped like ``rhs``, when the call is traced.  Numbers
+(rates, tolerances, damping) may be traced; ``damping=d`` solves ``(A + d I) u = b``.
 
 Deterministic solvers are differentiated implicitly, ``du = A^-1 (db - dA u)`` with the same solver started at 0: forward and
 reverse, to any order, in the right-hand side and in whatever ``matvec`` closes over, but not in guess, rates or tolerances.
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from bilevel_jax import checks
@@ -194,7 +195,8 @@ def neumann(*, terms: int, rate: Any, fresh: bool = False, batches: tuple[int, .
         def factor(state: tuple, k: Array) -> tuple:
             r, s = state
             product = A(r, k)
-            return product, (r - eta * product, s + (r - eta * product))
+            r = r - eta * product
+            return product, (r, s + r)
 
         def sample(state: tuple, x: tuple) -> tuple:
             (r, s, product), (k, weight, end) = state, x
@@ -534,8 +536,10 @@ def _solver(
             b = jnp.where(fine, b, jnp.zeros_like(b))
             guess = None if guess is None else jnp.where((b == 0).all(), b, guess)
             u, (code, residual, steps) = iterate(A, b, guess, eps, key)
-            code = _first((~fine, Result.NONFINITE), default=code)
-            return u, Stats(code, jnp.where(fine, residual, jnp.full_like(residual, jnp.nan)), steps)
+            residual = jnp.where(fine, residual, jnp.full_like(residual, jnp.nan))
+            fine &= all_finite(u)
+            u = jnp.where(fine, u, jnp.zeros_like(u))
+            return u, Stats(_first((~fine, Result.NONFINITE), default=code), residual, steps)
 
         if symmetric is None:
             u, stats = checked(apply, b, guess)
@@ -578,16 +582,18 @@ def _march(steps: int, rates: Callable[[Array], tuple], *, growth: float, symmet
         def step(state: tuple, k: Array) -> tuple:
             u, previous, first, _ = state
             r = b - A(u, k)
-            size = jnp.sqrt(_dot(r, r))
+            size = jnp.sqrt(_square(r))
             new = u + lam * r if previous is None else u + lam * r + th * (u - previous)
             return r, (new, None if previous is None else u, jnp.where(k == 0, size, first), size)
 
         zero = jnp.zeros((), b.dtype)
         start = (u, None if th is None else u, zero, zero)
         (u, _, first, last), fine = _scan(step, start, jnp.arange(steps, dtype=jnp.int32))
-        residual = last if fresh else _norm(b - A(u))
-        most = growth * first + (1.0 if fresh else eps**0.5) * _norm(b)
-        return u, Stats(_verdict(jnp.fmax(last, residual), most, fine), residual, jnp.int32(steps if fresh else steps + 1))
+        if fresh:  # residuals on other samples do not compare, but |u| <= |u_0| + k lam |b| as long as |I - lam A_k| <= 1
+            most = (1 + eps**0.5) * (_norm(start[0]) + steps * lam * _norm(b))
+            return u, Stats(_verdict(_norm(u), most, fine), last, jnp.int32(steps))
+        residual, most = _norm(b - A(u)), growth * first + eps**0.5 * _norm(b)
+        return u, Stats(_verdict(jnp.fmax(last, residual), most, fine), residual, jnp.int32(steps + 1))
 
     return _solver(iterate, steps if fresh else steps + 1, symmetric=symmetric, draws=steps if fresh else 0)
 
@@ -601,7 +607,7 @@ def _scan(step: Callable[[Any, Any], tuple[Array, Any]], state: Any, xs: Any) ->
     def body(carry: tuple, x: Any) -> tuple[tuple, None]:
         state, fine = carry
         change, new = step(state, x)
-        fine &= jnp.isfinite(_dot(change, change))
+        fine &= jnp.isfinite(_square(change))
         return (_where(fine, new, state), fine), None
 
     return lax.scan(body, (state, jnp.array(True)), xs)[0]
@@ -622,6 +628,11 @@ def _first(*cases: tuple[Array, Any], default: Any = Result.SUCCESSFUL) -> Array
 
 def _dot(a: Array, b: Array) -> Array:
     return jnp.vdot(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _square(a: Array) -> Array:
+    """``a'a``, without a derivative: of the tests alone, and the root of 0 has none."""
+    return _dot(*[lax.stop_gradient(a)] * 2)
 
 
 def _norm(a: Array) -> Array:
@@ -649,7 +660,7 @@ def _number(name: str, value: Any, zero: bool = False) -> Any:
     """A positive finite number (or 0, if ``zero``), else an error; traced ones pass."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a number")
-    known = not isinstance(value, jax.core.Tracer) and np.ndim(value) == 0
+    known = not isinstance(value, Tracer) and np.ndim(value) == 0
     if known and not (0 < value < np.inf or (zero and value == 0)):
         raise ValueError(f"{name}: got {value}, expected a finite number {'of at least' if zero else 'above'} 0")
     return _still(value)
