@@ -48,23 +48,24 @@ LENGTH = {"digits": (2**13, 32), "mnist": (2**13, 32), "fashion_mnist": (2**13, 
 #: Weight of |z|^2 in the inner loss, without a factor 1/2, as in the papers' codes.
 RIDGE = {"soba": 0.2, "thesis": 0.001}
 
-#: The thesis' settings: 200 inner steps, 3 terms, batches of 1,000 (BSA and TTSA: 1; TTSA: one inner step).  Step sizes: those
-#: of the thesis for z; for x a thousand times larger (see the README: with the thesis' rate nothing is cleaned).  The numbers
-#: of updates make every solver run for about a minute on two cores.
+#: The thesis' settings: 200 inner steps, 3 terms, batches of 1,000 (BSA and TTSA: 1; TTSA: one inner step), step size 0.1 of
+#: z (0.01 for single rows).  Those of x are 1e4 to 1e5 times the thesis', with which nothing is cleaned (see the README).
+#: Eta of the linear solvers is the step size of z, as the thesis' 0.5 is beyond the limit of stability.  Updates: about half a
+#: minute of each solver on two cores.
 THESIS = {
-    "stocbio": Rates(0.1, 1e-4, 200, 3, batch_size=1000),
-    "aid_cg": Rates(0.1, 1e-4, 200, 3),
-    "aid_fp": Rates(0.1, 1e-4, 200, 3),
-    "hoag": Rates(0.1, 1e-4, 200, 3),
-    "itd_truncated": Rates(0.1, 1e-4, 200, 3),
-    "bsa": Rates(0.01, 1e-4, 200, 3, batch_size=1),
-    "ttsa": Rates(0.01, 1e-4, 1, 3, batch_size=1),
-    "amigo": Rates(0.1, 1e-4, 200, 3, batch_size=1000),
-    "mrbo": Rates(0.1, 1e-4, 1, 3, batch_size=1000),
-    "sustain": Rates(0.1, 1e-4, 1, 3, batch_size=1000),
-    "vrbo": Rates(0.1, 1e-4, 200, 3, batch_size=1000),
-    "soba": Rates(0.1, 1e-4, batch_size=1000),
-    "saba": Rates(0.1, 1e-4, batch_size=1000),
+    "stocbio": Rates(0.1, 1e-5, 200, 3, batch_size=1000, updates=200),
+    "amigo": Rates(0.1, 1e-5, 200, 3, batch_size=1000, updates=200),
+    "vrbo": Rates(0.1, 1e-4, 200, 3, batch_size=1000, updates=200),
+    "mrbo": Rates(0.1, 1e-4, 1, 3, batch_size=1000, updates=2000),
+    "sustain": Rates(0.1, 1e-4, 1, 3, batch_size=1000, updates=2000),
+    "bsa": Rates(0.01, 1e-5, 200, 3, batch_size=1, updates=4000),
+    "ttsa": Rates(0.01, 1e-5, 1, 3, batch_size=1, updates=60_000),
+    "soba": Rates(0.1, 1e-4, batch_size=1000, updates=4000),
+    "saba": Rates(0.1, 1e-4, batch_size=1000, updates=4000),
+    "aid_cg": Rates(0.1, 1e-5, 200, 3, updates=20),
+    "aid_fp": Rates(0.1, 1e-5, 200, 3, updates=20),
+    "hoag": Rates(0.1, 1e-5, 200, 3, updates=20),
+    "itd_truncated": Rates(0.1, 1e-5, 200, 3, updates=20),
 }
 
 
@@ -171,7 +172,7 @@ def task(config: Config) -> Task:
 def main(config: Config) -> None:
     """Run the comparison."""
     steps, evaluations = LENGTH[config.dataset]
-    steps, evaluations = (steps, evaluations) if config.setting == "soba" else (480, 20)
+    steps, evaluations = (steps, evaluations) if config.setting == "soba" else (200, 10)
     settings = rates(config)
     config = dataclasses.replace(config, steps=config.steps or steps, evaluations=config.evaluations or evaluations)
     if not 0 <= config.corruption <= 1:
