@@ -18,9 +18,9 @@ from jax import lax
 
 from bilevel_jax import checks, linear_solve
 from bilevel_jax.linear_solve import LinearSolver
-from bilevel_jax.oracles import mean_loss
+from bilevel_jax.oracles import losses
 from bilevel_jax.results import Result, all_finite
-from bilevel_jax.types import Array, Batch, Levels, Problem, PyTree
+from bilevel_jax.types import Array, Batch, Problem, PyTree
 
 
 class Stats(NamedTuple):
@@ -86,12 +86,8 @@ def hypergradient(problem: Problem, method: Method) -> Callable[..., tuple[Array
 
 def bind(problem: Problem, batch: Batch) -> Losses:
     """The mean losses of a problem on a batch, as functions of (z, x)."""
-    g, f = mean_loss(problem.inner, "problem.inner"), mean_loss(problem.outer, "problem.outer")
-    weight = batch.weight or Levels()
-    return Losses(
-        lambda z, x: g(z, x, batch.inner, weight.inner),
-        lambda z, x: f(z, x, batch.outer, weight.outer),
-    )
+    g, f = losses(problem)
+    return Losses(lambda z, x: g(z, x, batch), lambda z, x: f(z, x, batch))
 
 
 def implicit(solver: LinearSolver | None = None, *, tolerance: float | None = None) -> Method:
@@ -117,11 +113,11 @@ def implicit(solver: LinearSolver | None = None, *, tolerance: float | None = No
     """
     solver = _usable(solver, True, tolerance)
 
-    def method(losses: Losses, z: PyTree, x: PyTree, guess: PyTree, key: Any) -> tuple[Array, PyTree, Stats]:
-        value, (fz, fx) = jax.value_and_grad(losses.f, argnums=(0, 1))(z, x)
-        slope, hessian = jax.linearize(lambda z: jax.grad(losses.g)(z, x), z)
+    def method(loss: Losses, z: PyTree, x: PyTree, guess: PyTree, key: Any) -> tuple[Array, PyTree, Stats]:
+        value, (fz, fx) = jax.value_and_grad(loss.f, argnums=(0, 1))(z, x)
+        slope, hessian = jax.linearize(lambda z: jax.grad(loss.g)(z, x), z)
         v, linear = solver.solve(hessian, jax.tree.map(jnp.negative, fz), guess, key)
-        _, pull = jax.vjp(lambda x: jax.grad(losses.g)(z, x), x)
+        _, pull = jax.vjp(lambda x: jax.grad(loss.g)(z, x), x)
         gradient = jax.tree.map(jnp.add, fx, pull(v)[0])
         return value, gradient, _stats(slope, tolerance, linear, z, v, (value, gradient))
 
@@ -180,11 +176,11 @@ def zeroth_order(opt: optax.GradientTransformation, steps: int, *, directions: i
 
 
 def _along_a_path(follow: "Follow", jacobian: "Jacobian", steps: int) -> Method:
-    def method(losses: Losses, z: PyTree, x: PyTree, guess: PyTree, key: Any) -> tuple[Array, PyTree, Stats]:
+    def method(loss: Losses, z: PyTree, x: PyTree, guess: PyTree, key: Any) -> tuple[Array, PyTree, Stats]:
         del guess
-        gradient = jax.grad(losses.g)
+        gradient = jax.grad(loss.g)
         last, pull = jacobian.at(lambda x: follow(lambda z, x, k: gradient(z, x), z, x), x, key)
-        value, (fz, fx) = jax.value_and_grad(losses.f, argnums=(0, 1))(last, x)
+        value, (fz, fx) = jax.value_and_grad(loss.f, argnums=(0, 1))(last, x)
         total = jax.tree.map(jnp.add, fx, pull(fz))
         residual = norm(gradient(last, x))
         code = _checked(jnp.zeros((), jnp.int32), (total, last))

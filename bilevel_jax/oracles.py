@@ -119,15 +119,12 @@ def implicit(problem: Problem, *, mode: str = "reverse") -> Oracle:
     return Oracle(terms, calls)
 
 
-class Losses(NamedTuple):
-    """The mean losses of a problem on a draw, ``(z, x, draw) -> scalar``."""
-
-    g: Callable[[PyTree, PyTree, Batch], Array]
-    f: Callable[[PyTree, PyTree, Batch], Array]
+#: A mean loss of a problem on a draw, ``(z, x, draw) -> scalar``.
+DrawLoss = Callable[[PyTree, PyTree, Batch], Array]
 
 
-def losses(problem: Problem) -> Losses:
-    """The two mean losses of a problem, weighted as the draw says.
+def losses(problem: Problem) -> tuple[DrawLoss, DrawLoss]:
+    """The two mean losses of a problem, g and f, weighted as the draw says.
 
     Raises:
         TypeError, ValueError: for anything but a ``Problem``; (when traced) as `mean_loss`.
@@ -135,7 +132,7 @@ def losses(problem: Problem) -> Losses:
     if not isinstance(problem, Problem):
         raise TypeError(f"problem: got {type(problem).__name__}, expected Problem(inner=..., outer=...)")
     g, f = mean_loss(problem.inner, "problem.inner"), mean_loss(problem.outer, "problem.outer")
-    return Losses(
+    return (
         lambda z, x, draw: g(z, x, draw.inner, (draw.weight or Levels()).inner),
         lambda z, x, draw: f(z, x, draw.outer, (draw.weight or Levels()).outer),
     )
