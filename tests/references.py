@@ -407,7 +407,7 @@ def sustain(run: Run) -> Iterator[Point]:
 def vrbo(run: Run, across_x: bool = True) -> Iterator[Point]:
     """The first difference is taken across the step of x, unless told otherwise, the second across that of z."""
     z, v, x = run.start
-    way = None
+    way: Any = None
     for t, draws in enumerate(run.draws):
         if t % PERIOD == 0:
             g, f = run.data.mean(0), run.data.mean(1)

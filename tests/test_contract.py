@@ -16,6 +16,7 @@ from bilevel_jax import (
     Batch,
     Levels,
     Problem,
+    Result,
     Solver,
     Vars,
     begin,
@@ -178,6 +179,18 @@ def test_new_keys_rates_and_data_do_not_recompile(name):
     assert distance(first["x"][1], second["x"][1]) > 1e-4
 
 
+@every_kind
+def test_a_bad_sample_is_reported(name):
+    """NaN in one row, which no check sees as the data are traced: whatever a solver makes of it, the run says so."""
+    (a, b), outer = tiny().data
+    (carry, _), (clean, _) = (
+        compiled_run(name).call(rates(), jax.random.key(4), Levels((rows, b), outer)) for rows in (a.at[4].set(jnp.nan), a)
+    )
+    assert int(carry.result) == Result.NONFINITE
+    assert int(clean.result) <= Result.MAX_STEPS_REACHED
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in carry.finite)
+
+
 @every_solver
 @pytest.mark.parametrize("guarded", [False, True])
 def test_state_is_stable_under_scan(name, guarded):
@@ -229,7 +242,7 @@ def test_number_of_draws_is_that_of_the_stages():
 # ---- dtypes and trees -------------------------------------------------------------------------------------------------
 
 
-@every_solver
+@every_kind
 @pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "mixed"])
 def test_dtypes_and_trees_are_kept(name, dtypes):
     """Of every variable, and of the state of a run on trees; nothing is promoted on the way."""

@@ -50,13 +50,10 @@ def iterates(states: list[Any]) -> list[Vars]:
     return [state.vars for state in states]
 
 
-def full_batches(solver: Solver, q: Any, count: int = 1) -> list[Batch]:
-    """All the data in every draw, with keys of their own."""
-    return [samplers.full().batches(q.data, jax.random.key(1), t * solver.draws, solver.draws) for t in range(count)]
-
-
 def on_full(solver: Solver, q: Any, count: int = 1, start: Vars | None = None) -> list[Any]:
-    return jump(solver, q.start if start is None else start, full_batches(solver, q, count))
+    """All the data in every draw, the same keys in every update."""
+    batch = samplers.full().batches(q.data, jax.random.key(1), 0, solver.draws)
+    return jump(solver, q.start if start is None else start, [batch] * count)
 
 
 def same_draw(batch: Batch, draws: int) -> Batch:
@@ -100,7 +97,8 @@ def test_neumann_sum_of_stocbio_is_its_closed_form():
         stoc = solvers.stocbio(q.problem, TWO, rate=rate, inner_steps=1, terms=4, batches=(3, 2, 1, 1))
         fixed = richardson(steps=5, rate=rate)
         point = solvers.aid_bio(q.problem, TWO, inner_steps=1, linear_solver=fixed, warm=False)
-        return [s.update(s.init(start, b), b).vars for s in (stoc, point) for b in full_batches(s, q)]
+        batches = (samplers.full().batches(q.data, jax.random.key(1), 0, s.draws) for s in (stoc, point))
+        return [s.update(s.init(start, b), b).vars for s, b in zip((stoc, point), batches, strict=True)]
 
     summed, stepped = both(jnp.float64(0.7))
     check_same(summed, stepped, tol=1e-14)
@@ -113,7 +111,7 @@ def test_mean_over_the_random_lengths_is_the_truncated_inverse():
     """-H^-1 (I - (I - eta H)^Q) d_z f, from one v of every length."""
     q, terms = small(), 4
     solver = solvers.bsa(q.problem, TWO, rate=0.7, inner_steps=1, terms=terms)
-    (batch,) = full_batches(solver, q)
+    batch = samplers.full().batches(q.data, jax.random.key(1), 0, solver.draws)
     keys = jax.random.split(jax.random.key(3), 32)
 
     def with_key(key):

@@ -1,5 +1,6 @@
 """Broken parts on purpose: the checks that the suites run must fail on each of them."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,8 +11,10 @@ import pytest
 
 from bilevel_jax import Levels, Vars, descend, implicit, samplers, solvers, sweep
 from bilevel_jax.estimators import saga
+from bilevel_jax.linear_solve import richardson
 from bilevel_jax.samplers import Plan
 from bilevel_jax.types import Batch, Oracle, Terms
+from tests import references
 from tests.checks import (
     check_blocks,
     check_formulas,
@@ -22,7 +25,7 @@ from tests.checks import (
     check_solution,
     decay,
 )
-from tests.tables import STEPS, ragged, small, small_stream
+from tests.tables import MU, RATE, SOLVERS, STEPS, ragged, small, small_stream
 
 OPTS = Vars(*(decay(step, library=True) for step in STEPS))
 
@@ -82,9 +85,9 @@ def test_unweighted_blocks_are_caught():
         check_mean_over_blocks(unweighted, ragged(), small(), (3, 4))
 
 
-def golden(solver: Any, name: str) -> None:
+def golden(solver: Any, name: str, reference: Any = None) -> None:
     batches = small_stream(solver.draws)
-    check_golden(jax.jit(solver.update), solver.init(small().start, batches[0]), batches, name, small())
+    check_golden(jax.jit(solver.update), solver.init(small().start, batches[0]), batches, name, small(), reference)
 
 
 def test_wrong_compositions_are_caught():
@@ -110,6 +113,30 @@ def test_wrong_compositions_are_caught():
     )
     with pytest.raises(AssertionError):
         golden(jacobi, "fsla")
+
+
+#: What public code does, or nearly did: name -> how its row is made otherwise, or how its reference is.
+CHANGED = {
+    "vrbo that takes all differences at the new x": ("vrbo", None, partial(references.vrbo, across_x=False)),
+    "a Neumann sum without its last summand": ("stocbio", None, partial(references.stocbio, summands=2)),
+    "a fixed point from 0": (
+        "aid_fp",
+        partial(solvers.aid_bio, linear_solver=richardson(steps=2, rate=RATE), warm=False),
+        None,
+    ),
+    "a sum for a product": ("sustain", partial(solvers.mrbo, rate=RATE, terms=2), None),
+    "a path cut short": ("itd_bio", partial(solvers.itd_bio, truncate=1, fresh=True), None),
+    "another weight of new matrices": ("stable", partial(solvers.stable, strong_convexity=MU, tau=0.5), None),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_changed_solvers_are_caught(what):
+    name, make, reference = CHANGED[what]
+    few = {} if name in ("sustain", "stable") else {"inner_steps": 2}
+    solver = SOLVERS[name](small().problem, OPTS) if make is None else make(small().problem, OPTS._replace(aux=None), **few)
+    with pytest.raises(AssertionError):
+        golden(solver, name, reference)
 
 
 def swap(levels: Levels) -> Levels:
