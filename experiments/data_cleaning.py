@@ -50,22 +50,22 @@ RIDGE = {"soba": 0.2, "thesis": 0.001}
 
 #: The thesis' settings: 200 inner steps, 3 terms, batches of 1,000 (BSA and TTSA: 1; TTSA: one inner step), step size 0.1 of
 #: z (0.01 for single rows).  Those of x are 1e4 to 1e5 times the thesis', with which nothing is cleaned (see the README).
-#: Eta of the linear solvers is the step size of z, as the thesis' 0.5 is beyond the limit of stability.  Updates: about half a
-#: minute of each solver on two cores.
+#: Eta of the linear solvers is the step size of z, as the thesis' 0.5 is beyond the limit of stability.  Updates: about a quarter
+#: of a minute of each solver on two cores.
 THESIS = {
-    "stocbio": Rates(0.1, 1e-5, 200, 3, batch_size=1000, updates=200),
-    "amigo": Rates(0.1, 1e-5, 200, 3, batch_size=1000, updates=200),
-    "vrbo": Rates(0.1, 1e-4, 200, 3, batch_size=1000, updates=200),
-    "mrbo": Rates(0.1, 1e-4, 1, 3, batch_size=1000, updates=2000),
-    "sustain": Rates(0.1, 1e-4, 1, 3, batch_size=1000, updates=2000),
-    "bsa": Rates(0.01, 1e-5, 200, 3, batch_size=1, updates=4000),
-    "ttsa": Rates(0.01, 1e-5, 1, 3, batch_size=1, updates=60_000),
-    "soba": Rates(0.1, 1e-4, batch_size=1000, updates=4000),
-    "saba": Rates(0.1, 1e-4, batch_size=1000, updates=4000),
-    "aid_cg": Rates(0.1, 1e-5, 200, 3, updates=20),
-    "aid_fp": Rates(0.1, 1e-5, 200, 3, updates=20),
-    "hoag": Rates(0.1, 1e-5, 200, 3, updates=20),
-    "itd_truncated": Rates(0.1, 1e-5, 200, 3, updates=20),
+    "stocbio": Rates(0.1, 1e-5, 200, 3, batch_size=1000, updates=100),
+    "amigo": Rates(0.1, 1e-5, 200, 3, batch_size=1000, updates=100),
+    "vrbo": Rates(0.1, 1e-4, 200, 3, batch_size=1000, updates=100),
+    "mrbo": Rates(0.1, 1e-4, 1, 3, batch_size=1000, updates=1000),
+    "sustain": Rates(0.1, 1e-4, 1, 3, batch_size=1000, updates=1000),
+    "bsa": Rates(0.01, 1e-5, 200, 3, batch_size=1, updates=2000),
+    "ttsa": Rates(0.01, 1e-5, 1, 3, batch_size=1, updates=30_000),
+    "soba": Rates(0.1, 1e-4, batch_size=1000, updates=2000),
+    "saba": Rates(0.1, 1e-4, batch_size=1000, updates=2000),
+    "aid_cg": Rates(0.1, 1e-5, 200, 3, updates=10),
+    "aid_fp": Rates(0.1, 1e-5, 200, 3, updates=10),
+    "hoag": Rates(0.1, 1e-5, 200, 3, updates=10),
+    "itd_truncated": Rates(0.1, 1e-5, 200, 3, updates=10),
 }
 
 
