@@ -194,9 +194,10 @@ def test_accbio_against_numpy():
 
 
 def test_claims_can_fail():
-    verdicts = [claim("", 0.0, measured, -1, 1)["verdict"] for measured in (0.5, -2.5, 4.0, np.nan)]
+    verdicts = [claim("", "=", 0.0, measured, 1.0)["verdict"] for measured in (0.5, -1.5, 2.5, np.nan)]
     assert verdicts == ["holds", "holds in part", "does not hold", "does not hold"]
-    assert claim("", ">= 1", 0.9, 1, np.inf)["verdict"] == "does not hold"
+    sided = [claim("", relation, 1.0, 0.9, 0.0)["verdict"] for relation in ("<=", ">=")]
+    assert sided == ["holds", "does not hold"]
     assert slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
 
 
@@ -206,12 +207,14 @@ def test_command(tmp_path, capsys):
     files = {path.name for path in (tmp_path / "new").iterdir()}
     assert files == {"config.json", "chain.csv", "work.csv", "claims.csv", "figure.png", "figure.pdf"}
     runs = pd.read_csv(tmp_path / "new" / "work.csv")
-    assert len(runs) == 2 * 2 * 2 * 2
+    assert len(runs) == 2 * 2 * 2 * 2 + 2  # AccBiO-BG in one sweep
     worst = runs.query("instance == 'worst'")
     assert (worst["products"] >= worst["bound"]).all()
     assert (runs["oracle_calls"] > runs["products"]).all()
     for _, part in runs.groupby(["instance", "swept", "method"]):
         assert all(a <= b for a, b in pairwise(part["products"]))
     chain = pd.read_csv(tmp_path / "new" / "chain.csv")
-    assert len(claims(chain.assign(support=0), runs).query("verdict == 'does not hold'")) >= 1
+    assert claims(chain, runs)[0]["verdict"] == "holds"
+    assert claims(chain.assign(support=0), runs)[0]["verdict"] == "does not hold"
+    assert claims(chain, runs.assign(products=1.0))[1]["verdict"] == "does not hold"
     assert "zero chain" in capsys.readouterr().out
