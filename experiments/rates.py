@@ -127,15 +127,16 @@ MORE_STYLES = {
 def trace(entry: Entry, q: Quadratic, seeds: int, rows: int = 50) -> tuple[np.ndarray, np.ndarray]:
     """Oracle calls on single samples, and hypergradient norms over that at the start: ``[rows]`` and ``[seeds, rows]``."""
     solver, samples = entry.make(q.problem), Levels(*(jax.tree.leaves(part)[0].shape[0] for part in q.data))
-    sampler = samplers.full() if entry.full else samplers.uniform(1)
+    sampler, read = (samplers.full(), samples.inner) if entry.full else (samplers.uniform(1), 1)
     full = solver.cost.full
     each = samples.inner * (full.inner_gradient + full.hessian_vector + full.cross) + samples.outer * full.outer_gradient
 
     def one(key: Array, data: Levels) -> tuple[Array, Array]:
         def chunk(carry: Any, _: None) -> tuple[Any, tuple[Array, Array]]:
             carry = resume(solver, sampler, carry, data, steps=entry.updates // rows)[0]
-            calls = sum(spent(solver, carry.state)) * (samples.inner if entry.full else 1) + each * carry.state.step.astype(jnp.float32)
-            return carry, (calls, jnp.linalg.norm(q.gradient(carry.state.vars.outer)))
+            state = carry.state
+            calls = read * sum(spent(solver, state)) + each * state.step.astype(jnp.float32)
+            return carry, (calls, jnp.linalg.norm(q.gradient(state.vars.outer)))
 
         _, (calls, norms) = jax.lax.scan(chunk, begin(solver, sampler, q.start, data, key), None, length=rows)
         return calls, norms / jnp.linalg.norm(q.gradient(q.start.outer))
@@ -176,9 +177,8 @@ def draw(runs: pd.DataFrame, path: Path) -> None:
             axis.loglog(x, y, style, color=color, label=name, linewidth=1.6)
         if family != "deterministic":
             calls = np.array([2e4, 5e5])
-            for exponent, style in ((-1 / 4, (0, (1, 2))), (-1 / 3, (0, (4, 2)))):
-                label = f"slope {round(1 / exponent)}".replace("slope -", "slope -1/")
-                axis.loglog(calls, 0.005 * (calls / 5e5) ** exponent, color="grey", linestyle=style, label=label, linewidth=1)
+            for n, style in ((4, ":"), (3, "--")):
+                axis.loglog(calls, 0.005 * (calls / 5e5) ** (-1 / n), style, color="grey", label=f"slope -1/{n}", linewidth=1)
         axis.set(title=family, xlabel="oracle calls (on one sample)")
         axis.legend(frameon=False, fontsize=8, loc="lower left", ncols=2 if family == "double loop, stochastic" else 1)
         axis.grid(visible=True, which="major", alpha=0.25)
