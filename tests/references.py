@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.tables import CONSTANTS, MU, PERIOD, RADIUS, RATE, TAU, THETA, falling_rate, growing_steps
+from tests.tables import CONSTANTS, MU, PERIOD, RADIUS, RATE, TAU, THETA, falling_rate, falling_tolerance, growing_steps
 
 Arrays = dict[str, np.ndarray]
 Point = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -277,17 +277,17 @@ def ba(run: Run) -> Iterator[Point]:
 
 
 def hoag(run: Run) -> Iterator[Point]:
-    """Both levels to 0.1 0.9^t."""
+    """Both levels to a falling tolerance."""
 
     def solve_inner(t, gs, z, x):
         for k in range(1000):
             slope = gs[0]["A"] @ z + gs[0]["C"].T @ x + gs[0]["b"]
-            if np.linalg.norm(slope) <= 0.1 * 0.9**t:
+            if np.linalg.norm(slope) <= falling_tolerance(t):
                 break
             z = z - run.steps(k)[0] * slope
         return z
 
-    return sweeps(run, solve_inner, lambda t, hs, fz, v: conjugate_gradients(hs[0], -fz, v, 1000, 0.1 * 0.9**t), (1, 1))
+    return sweeps(run, solve_inner, lambda t, hs, fz, v: conjugate_gradients(hs[0], -fz, v, 1000, falling_tolerance(t)), (1, 1))
 
 
 def bsa(run: Run) -> Iterator[Point]:

@@ -39,6 +39,10 @@ def falling_rate(t: Any) -> Any:
     return RATE * (t + 1.0) ** -0.25
 
 
+def falling_tolerance(t: Any) -> Any:
+    return 0.1 * 0.9**t
+
+
 def growing_steps(t: Any) -> Any:
     return (t + 1.0) ** 0.5
 
@@ -58,7 +62,7 @@ NESTED_LOOPS: Rows = {
     "aid_bio": without_aux(solvers.aid_bio, inner_steps=2, linear_solver=cg(max_steps=2, rtol=1e-9)),
     "aid_fp": without_aux(solvers.aid_bio, inner_steps=2, linear_solver=richardson(steps=2, rate=RATE)),
     "ba": without_aux(solvers.ba, inner_steps=growing_steps),
-    "hoag": without_aux(solvers.hoag),
+    "hoag": without_aux(solvers.hoag, tolerance=falling_tolerance),
     "bsa": without_aux(solvers.bsa, rate=falling_rate, inner_steps=2, terms=2),
     "ttsa": without_aux(solvers.ttsa, rate=RATE, terms=3),
     "stocbio": without_aux(solvers.stocbio, rate=RATE, inner_steps=1, terms=2, batches=NESTED),

@@ -23,8 +23,10 @@ from bilevel_jax import (
     run,
     samplers,
     solve_aux,
+    solve_inner,
     solvers,
     sweep,
+    unroll,
 )
 from bilevel_jax import stream as stream_run
 from bilevel_jax.estimators import ema, page, saga, sarah, storm
@@ -296,7 +298,7 @@ CASES = {
     "no curvature for stable": Case(
         lambda: solvers.stable(good(), TWO, strong_convexity=0.0),
         ValueError,
-        ("strong_convexity", "0.0", "expected a number above 0"),
+        ("strong_convexity", "0.0", "expected a finite number above 0"),
     ),
     "more convexity than smoothness": Case(
         lambda: accelerated(strong_convexity=3.0),
@@ -321,6 +323,17 @@ CASES = {
     ),
     "unknown checkpoint": Case(
         lambda: solvers.itd_bio(good(), TWO, checkpoint="all"), ValueError, ("checkpoint", "'all'", "expected 'sqrt'")
+    ),
+    "a negative tolerance": Case(
+        lambda: solve_inner(good(), TWO.inner, max_steps=3, tolerance=-0.1), ValueError, ("tolerance", "-0.1", "at least 0")
+    ),
+    "a path without an optimiser": Case(
+        lambda: unroll(good(), Vars(outer=TWO.outer), 3),
+        (TypeError, ValueError),
+        ("opts.inner", "None", "expected an optax transformation"),
+    ),
+    "an accuracy of 1": Case(
+        lambda: accelerated(accuracy=1.0), ValueError, ("accuracy", "1.0", "expected a number between 0 and 1")
     ),
     "a radius of 0": Case(lambda: solvers.pzobo(good(), TWO, radius=0.0), ValueError, ("radius", "0.0", "expected a positive")),
     "first order without an outer term of x": Case(

@@ -206,8 +206,6 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
     """
     opts = two(opts)
     checks.unit_interval("tau", tau)
-    if isinstance(strong_convexity, int | float) and not strong_convexity > 0:
-        raise ValueError(f"strong_convexity: got {strong_convexity}, expected a number above 0")
     g, f = losses(problem)
     if not 0 < strong_convexity < math.inf:
         raise ValueError(f"strong_convexity: got {strong_convexity}, expected a finite number above 0")
