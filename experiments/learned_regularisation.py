@@ -48,7 +48,7 @@ class Config(Options):
     inner_rate: float = 100.0
     """step size of z"""
     outer_rate: float = 100.0
-    """step size of x"""
+    """step size of x (of soba: that over --steps)"""
     outer: Literal["sgd", "adam"] = "sgd"
     """optimiser of x"""
     steps: int = 10
@@ -80,7 +80,9 @@ def cut(rows: Any, labels: np.ndarray, batch_size: int | None) -> tuple[np.ndarr
     n = len(labels)
     size = batch_size or n
     blocks = -(-n // size)
-    padded = [np.pad(leaf, (0, blocks * size - n)).reshape(blocks, size) for leaf in (labels, np.full(n, blocks / n, rows.dtype))]
+    padded = [
+        np.pad(leaf, (0, blocks * size - n)).reshape(blocks, size) for leaf in (labels, np.full(n, blocks / n, rows.dtype))
+    ]
     return padded[0], padded[1], sparse.blocks(rows, size)
 
 
@@ -115,10 +117,14 @@ def build(name: Name, config: Config) -> Solver:
     """The solver of a name, at the settings given.
 
     aid_fp starts v at 0 in every update, as in the paper's code: from the last v it diverges, because a rate of 100 is above
-    2 / L.  hoag is what that code calls so: the Neumann sum of stocBiO on all rows.
+    2 / L, which falls to 95 after five updates.  hoag is what that code calls so: the Neumann sum of stocBiO on all rows.  soba
+    takes one step where the others take ``steps``, and so moves x by as much less.
     """
     steps, rate = config.steps, config.inner_rate
-    opts = Vars(inner=optax.sgd(rate), outer=getattr(optax, config.outer)(config.outer_rate))
+    opts = Vars(
+        inner=optax.sgd(rate),
+        outer=getattr(optax, config.outer)(config.outer_rate / (steps if name == "soba" else 1)),
+    )
     match name:
         case "stocbio" | "hoag":
             return solvers.stocbio(problem, opts, inner_steps=steps, terms=steps, rate=config.eta)
@@ -149,7 +155,11 @@ def main(config: Config) -> pd.DataFrame:
     levels = {size: blocks(text, size) for size in {None, *(size for _, size in sizes.values())}}
     entrants = {
         label: Entrant(
-            build(name, config), samplers.uniform(1), levels[size], Levels(*(part[0].shape[1] for part in levels[size]))
+            build(name, config),
+            samplers.uniform(1),
+            levels[size],
+            Levels(*(part[0].shape[1] for part in levels[size])),
+            config.steps if name == "soba" else 1,
         )
         for label, (name, size) in sizes.items()
     }

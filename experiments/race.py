@@ -31,6 +31,7 @@ class Entrant(NamedTuple):
     sampler: Sampler
     data: Levels
     rows: Levels  # that a draw of either level reads: oracle calls are counted on `UNIT` rows
+    chunk: int = 1  # updates in a call of the compiled program, which takes its time to test its results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +66,12 @@ def race(
     if not math.isfinite(min(seconds, updates)):
         raise ValueError(f"seconds, updates: got {seconds} and {updates}, expected one that is finite")
     programs, carries, clock, rows = {}, {}, dict.fromkeys(entrants, 0.0), []
-    for name, (solver, sampler, data, _) in entrants.items():
+    for name, (solver, sampler, data, _, chunk) in entrants.items():
         carries[name] = begin(solver, sampler, start, data, jax.random.key(seed))
-        advance = jax.jit(lambda c, d, s=solver, m=sampler: resume(s, m, c, d, steps=1)[0], donate_argnums=0)
+        advance = jax.jit(lambda c, d, s=solver, m=sampler, n=chunk: resume(s, m, c, d, steps=n)[0], donate_argnums=0)
         programs[name] = advance.lower(carries[name], data).compile()
     for part in range(evaluations + 1):
-        for name, (solver, _, data, read) in entrants.items():
+        for name, (solver, _, data, read, _) in entrants.items():
             while clock[name] < seconds * part / evaluations and carries[name].state.step < updates * part / evaluations:
                 tick = time.perf_counter()
                 carries[name] = jax.block_until_ready(programs[name](carries[name], data))
