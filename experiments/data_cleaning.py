@@ -50,8 +50,8 @@ RIDGE = {"soba": 0.2, "thesis": 0.001}
 
 #: The thesis' settings: 200 inner steps, 3 terms, batches of 1,000 (BSA and TTSA: 1; TTSA: one inner step), step size 0.1 of
 #: z (0.01 for single rows).  Those of x are 1e4 to 1e5 times the thesis', with which nothing is cleaned (see the README).
-#: Eta of the linear solvers is the step size of z, as the thesis' 0.5 is beyond the limit of stability.  Updates: about a quarter
-#: of a minute of each solver on two cores.
+#: Eta of the linear solvers is the step size of z, as the thesis' 0.5 is beyond the limit of stability.  Updates: about a
+#: quarter of a minute of each solver on two cores.
 THESIS = {
     "stocbio": Rates(0.1, 1e-5, 200, 3, batch_size=1000, updates=100),
     "amigo": Rates(0.1, 1e-5, 200, 3, batch_size=1000, updates=100),
