@@ -65,7 +65,9 @@ def comparison(rows: pd.DataFrame, labels: dict[str, str], title: str, path: Pat
             if metric.endswith(("suboptimality", "norm", "error", "loss")):
                 axis.set_yscale("log")
                 axis.yaxis.set_major_formatter("{x:.3g}")
-                axis.yaxis.set_minor_formatter("{x:.2g}" if metric.endswith(("error", "loss")) else NullFormatter())
+                low, high = axis.get_ylim()
+                narrow = metric.endswith(("error", "loss")) and high < 30 * low
+                axis.yaxis.set_minor_formatter("{x:.2g}" if narrow else NullFormatter())
             if log_work:
                 axis.set_xscale("log")
             axis.set_xlabel(name)
@@ -74,7 +76,8 @@ def comparison(rows: pd.DataFrame, labels: dict[str, str], title: str, path: Pat
         row[0].set_ylabel(label)
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 7), frameon=False)
-    figure.suptitle(f"{title}\nmedian and 20/80 % band over {int(np.max(rows['seed']))} seeds", fontsize=10)
+    seeds = int(np.max(rows["seed"]))
+    figure.suptitle(title + (f"\nmedian and 20/80 % band over {seeds} seeds" if seeds > 1 else ""), fontsize=10)
     for ending in ("png", "pdf"):
         figure.savefig(path.with_suffix(f".{ending}"), dpi=150)
     plt.close(figure)
