@@ -52,6 +52,11 @@ FILES: dict[str, Source] = {
         None, (LIBSVM + "ijcnn1.t.bz2",), "none stated (LIBSVM page)",
         (("ijcnn1/ijcnn1.tst.bz2", "acd1db430684fdd3f0c768ecc49aa8e749d0004fc117611220c2aa576a7b6a24"),),
     ),
+    "newsgroups20/20news-bydate.tar.gz": Source(
+        "8f1b2514ca22a5ade8fbb9cfa5727df95fa587f4c87b786e15c759fa66d95610",  # that of scikit-learn, which fetches the same file
+        ("https://ndownloader.figshare.com/files/5975967",), "none stated",
+        (("newsgroups20/20news-bydate.rebuilt.tar.gz", "1ba9b25e6c182f952d5a79bc67f670f542896743048d394f2a628bbcb735a918"),),
+    ),
     "covtype/covtype_92k.npz": Source(
         "dd8bb21415036dc51ba8d8a606251350eb218c6930bd8208039f165fb1c9446c", (), "CC BY 4.0",
         advice="this sample has no public home: use the full set, covtype(full=True)",

@@ -13,18 +13,13 @@ from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.preprocessing import normalize
 
-from experiments.data.files import FILES, DataFileError, Source, cache_folder, locate
+from experiments.data.files import DataFileError, cache_folder, locate
 from experiments.data.tables import split
 
 #: A `scipy.sparse.csr_matrix`, which pyright takes for None where it is sliced.
 Rows = Any
 
 ARCHIVE = "newsgroups20/20news-bydate.tar.gz"
-FILES[ARCHIVE] = Source(
-    "8f1b2514ca22a5ade8fbb9cfa5727df95fa587f4c87b786e15c759fa66d95610",  # that of scikit-learn, which fetches the same file
-    ("https://ndownloader.figshare.com/files/5975967",), "none stated",
-    (("newsgroups20/20news-bydate.rebuilt.tar.gz", "1ba9b25e6c182f952d5a79bc67f670f542896743048d394f2a628bbcb735a918"),),
-)  # fmt: skip
 
 #: How the messages of an archive are encoded.  The rebuilt one holds 37 messages of the original in UTF-8; read as Latin-1 they
 #: would give other words than the original's.
