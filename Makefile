@@ -9,7 +9,7 @@ OUT ?= results/demo
 demo: $(VENV)/experiments.stamp  ## select the hyperparameters of a logistic regression, and write a figure
 	$(BIN)/python -m experiments.hyperparameter_selection --dataset breast_cancer --out $(OUT) --overwrite
 
-test: $(VENV)/test.stamp  ## all tests but the slow ones, file by file on two processes of about 3 GB each
+test: $(VENV)/test.stamp  ## all tests but the slow ones, file by file on two processes of about 4 GB each
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/test.stamp
