@@ -1,7 +1,19 @@
 """Bilevel optimization in JAX: solver steps as pure functions, composed from oracles, estimators, optimisers and stages."""
 
-from bilevel_jax import checks, estimators, hypergrad, linear_solve, oracles, projections, samplers, solvers, testing
-from bilevel_jax.hypergrad import hypergradient, implicit_fixed_point, implicit_root
+from bilevel_jax import (
+    checks,
+    estimators,
+    hypergrad,
+    implicit_diff,
+    linear_solve,
+    oracles,
+    projections,
+    samplers,
+    solvers,
+    testing,
+)
+from bilevel_jax.hypergrad import hypergradient
+from bilevel_jax.implicit_diff import implicit_fixed_point, implicit_root
 from bilevel_jax.loop import Carry, begin, resume, run, stream
 from bilevel_jax.oracles import implicit
 from bilevel_jax.results import Result, guard, spent, worst
@@ -31,6 +43,7 @@ __all__ = [
     "hypergrad",
     "hypergradient",
     "implicit",
+    "implicit_diff",
     "implicit_fixed_point",
     "implicit_root",
     "linear_solve",

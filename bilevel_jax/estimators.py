@@ -41,10 +41,16 @@ def widen(tree: PyTree) -> PyTree:
 
 
 def narrow(tree: PyTree, like: PyTree) -> PyTree:
+    """A tree in the dtypes of another one of its structure: the way back from `widen`."""
     return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, like)
 
 
 def on_full(batch: Batch, name: str) -> Batch:
+    """All the data as one draw, with the key of a draw.
+
+    Raises:
+        ValueError: if ``batch.full`` is missing, which ``name`` needs.
+    """
     if batch.full is None:
         raise ValueError(f"batch.full: got None, expected the full data, which {name} needs for its refreshes")
     return Batch(inner=batch.full.inner, outer=batch.full.outer, key=batch.key)
@@ -84,6 +90,8 @@ def plain() -> Estimator:
 
 
 class EmaState(NamedTuple):
+    """What `ema` keeps."""
+
     mean: Vars  # moving average of the direction, shaped like the variables that move; float32 at least
 
 
@@ -110,6 +118,8 @@ def ema(theta: Schedule) -> Estimator:
 
 
 class SagaState(NamedTuple):
+    """What `saga` keeps: a table of terms, its mean, and the row that is yet to be written."""
+
     table: Table  # of Terms, leaves [slots, ...]: the last term seen of every block (small rows packed), but the pending row
     mean: Terms  # running mean of the table, pending row included; float32 at least
     row: Terms  # the pending row: the terms of the last draw, not yet in the table
@@ -228,6 +238,8 @@ def flush(state: SagaState) -> SagaState:
 
 
 class RecursiveState(NamedTuple):
+    """What `sarah`, `page` and `storm` keep."""
+
     direction: Vars  # the running estimate; float32 at least
     vars: Vars  # the variables at the last update
 

@@ -37,6 +37,8 @@ def project(projection: Callable[[PyTree], PyTree]) -> optax.GradientTransformat
 
 
 class ProxState(NamedTuple):
+    """What `prox` keeps."""
+
     steps: Array  # int32 [], number of steps done
 
 

@@ -23,6 +23,8 @@ from bilevel_jax.types import Array, Batch, Calls, Cost, Problem, PyTree, Schedu
 
 
 class SolveState(NamedTuple):
+    """What `solve_inner` and `solve_aux` keep."""
+
     status: Status  # the worst code of all solves so far
     residual: Array  # float [], of the last solve: |d_z g|, or that of the linear system
     tally: Tally  # what the solves have cost so far
@@ -192,6 +194,8 @@ def solve_aux(problem: Problem, solver: LinearSolver | Callable[[Array], LinearS
 
 
 class UnrollState(NamedTuple):
+    """What `unroll` keeps."""
+
     opt: PyTree  # optax state of x
 
 

@@ -34,6 +34,8 @@ from bilevel_jax.types import (
 
 
 class DescendState(NamedTuple):
+    """What `descend` keeps."""
+
     estimator: PyTree
     opts: Vars  # optax states of the variables that move
     status: Status | None = None  # the worst code that a composite oracle has met

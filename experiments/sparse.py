@@ -104,7 +104,7 @@ def _sum(dense: Array, index: Array, value: Array, owner: Array, *_: Array, rows
 def _jvp(primals: Any, tangents: Any, *, rows: int) -> Any:
     (dense, *matrix), (moved, *fixed) = primals, tangents
     if not all(type(t) is ad.Zero for t in fixed):
-        raise NotImplementedError("the derivative with respect to the entries of a sparse matrix")
+        raise TypeError("matrix: got entries to differentiate, expected constants: only the dense factor has a derivative")
     return _product.bind(dense, *matrix, rows=rows), _product.bind(moved, *matrix, rows=rows)
 
 

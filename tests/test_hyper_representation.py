@@ -119,7 +119,13 @@ def test_experiment(monkeypatch, tmp_path):
 def test_every_method_builds(made, name):
     problem, data, start, _ = made
     solver = hyper.restarted(hyper.build(name, problem, Config(inner_steps=2)), start.inner)
-    jax.eval_shape(lambda d: begin(solver, samplers.full(), start, d, jax.random.key(0)), data)
+    carry = jax.eval_shape(
+        lambda d: resume(solver, samplers.full(), begin(solver, samplers.full(), start, d, jax.random.key(0)), d, steps=2)[0],
+        data,
+    )
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert shapes(carry.state.vars.outer) == shapes(start.outer)
+    assert shapes(carry.state.vars.inner) == shapes(start.inner)
 
 
 @pytest.mark.parametrize(("changes", "message"), [({"seeds": 0}, "--seeds: got 0"), ({"solvers": ()}, "--solvers: got none")])

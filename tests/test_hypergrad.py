@@ -12,18 +12,8 @@ import optax
 import pytest
 
 from bilevel_jax import Batch, Problem, Result, hypergrad, linear_solve
-from bilevel_jax.hypergrad import (
-    hypergradient,
-    implicit,
-    implicit_fixed_point,
-    implicit_root,
-    iterative,
-    one_step,
-    root_jvp,
-    root_vjp,
-    t1_t2,
-    zeroth_order,
-)
+from bilevel_jax.hypergrad import hypergradient, implicit, iterative, one_step, t1_t2, zeroth_order
+from bilevel_jax.implicit_diff import implicit_fixed_point, implicit_root, root_jvp, root_vjp
 from tests.checks import whole
 from tests.tables import small
 

@@ -101,6 +101,8 @@ def accbio_bg(
 
 
 class ThreeSequencesState(NamedTuple):
+    """What the outer steps of `accbio_bg` keep beside y, both shaped like it."""
+
     x: PyTree
     w: PyTree
 

@@ -88,6 +88,8 @@ def sustain(
 
 
 class VrboState(NamedTuple):
+    """What `vrbo` keeps from sweep to sweep."""
+
     direction: Vars  # running estimates of d_z g and of the hypergradient, aux None; float32 at least
     opts: Vars  # optax states of z and x
     status: Status  # the worst code of the linear solver
@@ -170,6 +172,8 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
 
 
 class StableState(NamedTuple):
+    """What `stable` keeps from update to update."""
+
     hessian: Array  # float [p, p], running estimate of d2_zz g
     cross: Array  # float [d, p], running estimate of d2_xz g
     old: Vars  # z and x at the last update

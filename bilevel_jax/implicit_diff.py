@@ -1,0 +1,228 @@
+"""Derivatives of a solution whatever computed it: decorators for an inner solver of your own, and the rules as functions.
+
+`implicit_root` and `implicit_fixed_point` give a black-box inner solver the derivatives of its solution; `root_jvp` and
+`root_vjp` are those derivatives as functions, with the residuals and the result code that tell how far to trust them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bilevel_jax import checks
+from bilevel_jax.hypergrad import Stats, account, usable
+from bilevel_jax.linear_solve import LinearSolver
+from bilevel_jax.results import Result
+from bilevel_jax.types import PyTree
+
+
+def implicit_root(
+    optimality: Callable[..., PyTree],
+    *,
+    solver: LinearSolver | None = None,
+    positive_definite: bool = False,
+    has_aux: bool = False,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: derivatives for ``solve(init, *params)`` whose solution satisfies ``optimality(solution, *params) = 0``.
+
+    The inner solver may be anything: an optax loop, L-BFGS, optimistix, a ``pure_callback`` to another library, plain Python
+    outside of jit; it is never differentiated.  With ``A = d optimality / d solution`` the derivative along ``dparams`` solves
+    ``A dz = -(d optimality / d params) dparams``.  Forward and reverse mode, `jax.hessian`, jit, vmap and nesting work.
+
+    A derivative cannot return a code.  Where the linear system fails (any code but SUCCESSFUL, MAX_STEPS_REACHED and
+    STAGNATION), all of it is NaN, never a number to be believed; `root_vjp` tells why, and how far the optimality holds.
+
+    Args:
+        optimality: ``(solution, *params) -> pytree`` like the solution, such as ``jax.grad(loss)``.  It is compiled once for
+            the parameters' shapes: whatever may change, and whatever is differentiated, must be a parameter.
+        solver: for systems with A and its transpose; `bilevel_jax.linear_solve.auto` by default.
+        positive_definite: whether A is symmetric positive definite, as for the gradient of a strongly convex loss.
+        has_aux: whether ``solve`` (not ``optimality``) returns ``(solution, aux)``; aux gets no derivative.
+
+    Returns:
+        A decorator, to be applied once, because every application compiles anew.  ``init`` gets no derivative: the solution
+        does not depend on it.  Of the parameters, those that are not floating-point have none.
+
+    Raises:
+        TypeError, ValueError: for anything but a ``LinearSolver``, and one that wants samples; (when called) if ``solve``
+            returns no pair with ``has_aux``; (when differentiated) if ``optimality`` is not shaped like the solution, or
+            that is not floating-point; jax's UnexpectedTracerError if a function closes over what is differentiated.
+
+    Reference: Blondel, Berthet, Cuturi, Frostig, Hoyer, Llinares-López, Pedregosa, Vert, "Efficient and modular implicit
+    differentiation", NeurIPS 2022, arXiv 2105.15183.
+
+    Example:
+        >>> @implicit_root(lambda z, theta: z**3 + z - theta)
+        ... def cube(init, theta):
+        ...     return jax.lax.fori_loop(0, 50, lambda _, z: z - (z**3 + z - theta) / (3 * z**2 + 1), init)
+        >>> float(jax.grad(cube, argnums=1)(jnp.ones(()), jnp.asarray(2.0)))  # 1 / (3 z^2 + 1) at z = 1
+        0.25
+    """
+    solver = usable(solver, positive_definite)
+
+    def careful(matvec: Any, rhs: PyTree) -> PyTree:
+        dz, stats = solver.solve(matvec, rhs)
+        return jax.tree.map(lambda d: jnp.where(stats.code <= Result.STAGNATION, d, jnp.full_like(d, jnp.nan)), dz)
+
+    @jax.jit  # or gradients outside of jit would compile their loops again and again, and seconds become milliseconds
+    def tangent(solution: PyTree, params: tuple, moving: tuple) -> PyTree:
+        dparams = jax.tree.map(lambda p, d: _no_tangent(p) if d is None else d, params, moving)
+        _, jacobian, rhs = _linear_system(optimality, solution, params, dparams)
+        return lax.custom_linear_solve(jacobian, rhs, careful, careful, positive_definite)
+
+    def decorate(solve: Callable[..., Any]) -> Callable[..., Any]:
+        @jax.custom_jvp
+        def root(init: PyTree, params: tuple) -> tuple[PyTree, PyTree]:
+            found = solve(init, *params)
+            if has_aux and not (isinstance(found, tuple) and len(found) == 2):
+                raise TypeError(f"solve: got {type(found).__name__}, expected (solution, aux), because has_aux is True")
+            return found if has_aux else (found, None)
+
+        @root.defjvp
+        def derivative(primals: tuple, tangents: tuple) -> tuple:
+            (init, params), (_, dparams) = primals, tangents
+            solution, aux = root(init, params)
+            dz = tangent(solution, params, jax.tree.map(_number, dparams))
+            return (solution, aux), (dz, jax.tree.map(_no_tangent, aux))
+
+        @functools.wraps(solve)
+        def wrapped(init: PyTree, *params: Any) -> Any:
+            solution, aux = root(init, params)
+            return (solution, aux) if has_aux else solution
+
+        return wrapped
+
+    return decorate
+
+
+def implicit_fixed_point(
+    fixed_point: Callable[..., PyTree],
+    *,
+    solver: LinearSolver | None = None,
+    positive_definite: bool = False,
+    has_aux: bool = False,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: derivatives for ``solve(init, *params)`` whose solution satisfies ``fixed_point(z, *params) = z``.
+
+    As `implicit_root` of ``z - fixed_point(z, *params)``: a projected or proximal gradient step, an equilibrium network, a
+    value iteration.
+
+    Args, Returns, Raises, Reference: as `implicit_root`.
+
+    Example:
+        >>> @implicit_fixed_point(lambda z, theta: jnp.clip(z - 0.5 * (z - theta), 0.0, 1.0))
+        ... def projected(init, theta):
+        ...     return jnp.clip(theta, 0.0, 1.0)
+        >>> jax.jacobian(projected, argnums=1)(jnp.zeros(2), jnp.array([0.5, 2.0])).tolist()
+        [[1.0, 0.0], [0.0, 0.0]]
+    """
+
+    def residual(z: PyTree, *params: Any) -> PyTree:
+        image = fixed_point(z, *params)
+        checks.same_shapes("fixed_point", image, z, "the solution")
+        return jax.tree.map(jnp.subtract, z, image)
+
+    return implicit_root(residual, solver=solver, positive_definite=positive_definite, has_aux=has_aux)
+
+
+def root_jvp(
+    optimality: Callable[..., PyTree],
+    solution: PyTree,
+    params: tuple,
+    tangents: tuple,
+    *,
+    solver: LinearSolver | None = None,
+    positive_definite: bool = False,
+    tolerance: float | None = None,
+) -> tuple[PyTree, Stats]:
+    """The derivative of a root along ``tangents`` of its parameters: ``A dz = -(d optimality / d params) tangents``.
+
+    Args:
+        optimality, solver, positive_definite: as for `implicit_root`.
+        solution: z with ``optimality(z, *params) = 0``.
+        params, tangents: tuples.
+        tolerance: if given, ``|optimality|`` above it is reported as INNER_NOT_CONVERGED.
+
+    Returns:
+        ``(dz, stats)``: the code is the linear solver's, ``inner_residual`` is ``|optimality|``, ``aux`` is None.
+
+    Example:
+        >>> dz, stats = root_jvp(lambda z, t: z**3 + z - t, jnp.ones(()), (jnp.asarray(2.0),), (jnp.asarray(1.0),))
+        >>> float(dz), Result(int(stats.code)).name
+        (0.25, 'SUCCESSFUL')
+    """
+    value, jacobian, rhs = _linear_system(optimality, solution, params, tangents)
+    dz, linear = usable(solver, positive_definite, tolerance).solve(jacobian, rhs)
+    return dz, account(value, tolerance, linear, solution, None, dz)
+
+
+def root_vjp(
+    optimality: Callable[..., PyTree],
+    solution: PyTree,
+    params: tuple,
+    cotangent: PyTree,
+    *,
+    solver: LinearSolver | None = None,
+    positive_definite: bool = False,
+    tolerance: float | None = None,
+) -> tuple[tuple, Stats]:
+    """Pull a cotangent of a root back to its parameters: ``A' v = -cotangent``, then ``(d optimality / d params)' v``.
+
+    This is what reverse mode does through `implicit_root`, which can report nothing: call it at a solution to see the code
+    and the residuals of both systems.
+
+    Args:
+        optimality, solver, positive_definite: as for `implicit_root`.
+        solution: z with ``optimality(z, *params) = 0``.
+        params: tuple.
+        cotangent: like the solution: the gradient at it of what is differentiated.
+        tolerance: if given, ``|optimality|`` above it is reported as INNER_NOT_CONVERGED.
+
+    Returns:
+        ``(gradients, stats)``: a tuple like ``params``; the code is the linear solver's, ``inner_residual`` is
+        ``|optimality|``, ``aux`` is v.
+
+    Example:
+        >>> (slope,), stats = root_vjp(lambda z, t: z**2 - t, jnp.asarray(-2.0), (jnp.asarray(4.0),), jnp.ones(()))
+        >>> float(slope), float(stats.inner_residual)
+        (-0.25, 0.0)
+    """
+    _check_root(solution, params)
+    value, pull = jax.vjp(lambda z: optimality(z, *params), solution)
+    checks.same_shapes("optimality", value, solution, "the solution")
+    checks.same_shapes("cotangent", cotangent, solution, "the solution")
+    rhs = jax.tree.map(jnp.negative, cotangent)
+    v, linear = usable(solver, positive_definite, tolerance).solve(lambda u: pull(u)[0], rhs)
+    _, pull = jax.vjp(lambda p: optimality(solution, *p), params)
+    gradients = pull(v)[0]
+    return gradients, account(value, tolerance, linear, solution, v, (v, jax.tree.map(_number, gradients)))
+
+
+def _linear_system(optimality: Any, solution: PyTree, params: tuple, dparams: tuple) -> tuple[PyTree, Any, PyTree]:
+    """The optimality, its Jacobian as a function, and the right-hand side of the derivative along ``dparams``."""
+    _check_root(solution, params)
+    value, moved = jax.jvp(lambda p: optimality(solution, *p), (params,), (dparams,))
+    checks.same_shapes("optimality", value, solution, "the solution")
+    _, jacobian = jax.linearize(lambda z: optimality(z, *params), solution)
+    return value, jacobian, jax.tree.map(jnp.negative, moved)
+
+
+def _check_root(solution: PyTree, params: Any) -> None:
+    checks.floating("solution", solution)
+    if not isinstance(params, tuple):
+        raise TypeError(f"params: got {type(params).__name__}, expected a tuple")
+
+
+def _no_tangent(leaf: Any) -> Any:
+    if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        return jnp.zeros_like(leaf)
+    return np.zeros(np.shape(leaf), jax.dtypes.float0)
+
+
+def _number(leaf: Any) -> Any:
+    """A tangent, or None for that of a parameter that has none (float0, which cannot go through jit)."""
+    return None if leaf.dtype == jax.dtypes.float0 else leaf

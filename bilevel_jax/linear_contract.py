@@ -1,0 +1,180 @@
+"""The contract of linear solvers, and the front end that all of `bilevel_jax.linear_solve` share: pytrees to one vector,
+derivatives, damping, and what to do with numbers that are not finite.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.flatten_util import ravel_pytree
+
+from bilevel_jax import checks
+from bilevel_jax.results import Result, all_finite
+from bilevel_jax.types import Array, PyTree
+
+
+class Stats(NamedTuple):
+    """How a solve ended."""
+
+    code: Array  # int32 [], a `bilevel_jax.Result`
+    residual: Array  # float [], |A u - b|_2 recomputed at the end, where the solver does not call it an estimate
+    steps: Array  # int32 [], applications of A that were done
+
+
+class LinearSolver(NamedTuple):
+    """``solve(matvec, rhs, guess=None, key=None) -> (solution, Stats)``, pytrees in the structure and dtypes of ``rhs``.
+
+    With ``draws > 0`` the solver calls ``matvec(u, k)``, k = 0, ..., draws - 1, so that every application can use a sample of
+    its own; otherwise it calls ``matvec(u)``.
+    """
+
+    solve: Callable[..., tuple[PyTree, Stats]]
+    applications: float  # of A in a call, on average or at most; nan where that depends on the system
+    draws: int = 0
+
+
+def from_vectors(
+    iterate: Callable[..., tuple[Array, Stats]],
+    applications: float,
+    *,
+    symmetric: bool | None = None,
+    draws: int = 0,
+    damping: Any = 0.0,
+) -> LinearSolver:
+    """A solver on pytrees from ``iterate(A, b, guess, eps, key) -> (u, Stats)`` on vectors, with ``A(u, k)``.
+
+    On one vector a step is a few operations, where every leaf would add its own (forty leaves: `cg` takes half the time).
+    ``symmetric`` is None for what is differentiated as it is written; otherwise ``du = A^-1 (db - dA u)``.
+    """
+
+    def solve(matvec: Any, rhs: PyTree, guess: PyTree = None, key: Any = None) -> tuple[PyTree, Stats]:
+        checks.floating("rhs", rhs)
+        dtypes = [leaf.dtype for leaf in jax.tree.leaves(rhs)]
+        eps = max(float(jnp.finfo(d).eps) for d in dtypes)  # of the products
+        wide = max((np.dtype(np.float32), *dtypes), key=lambda d: jnp.finfo(d).bits)
+
+        def ravel(tree: PyTree) -> Any:
+            return ravel_pytree(jax.tree.map(lambda leaf: jnp.asarray(leaf, wide), tree))
+
+        b, unravel = ravel(rhs)
+        if guess is not None:
+            checks.same_shapes("guess", guess, rhs, "rhs")
+            guess = jnp.where(all_finite(guess), ravel(guess)[0], jnp.zeros_like(b))
+
+        def narrow(u: Array) -> PyTree:
+            return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), unravel(u), rhs)
+
+        def apply(u: Array, k: Any = None) -> Array:
+            product = matvec(narrow(u), k) if draws else matvec(narrow(u))
+            checks.same_shapes("matvec(u)", product, rhs, "rhs")
+            flat = ravel(product)[0]
+            return flat if isinstance(damping, int | float) and damping == 0 else flat + cast(damping, u) * u
+
+        def checked(A: Any, b: Array, guess: Array | None) -> tuple[Array, Stats]:
+            fine = all_finite(b)
+            b = jnp.where(fine, b, jnp.zeros_like(b))
+            guess = None if guess is None else jnp.where((b == 0).all(), b, guess)
+            u, (code, residual, steps) = iterate(A, b, guess, eps, key)
+            residual = jnp.where(fine, residual, jnp.full_like(residual, jnp.nan))
+            fine &= all_finite(u)
+            u = jnp.where(fine, u, jnp.zeros_like(u))
+            return u, Stats(first_code((~fine, Result.NONFINITE), default=code), residual, steps)
+
+        if symmetric is None:
+            u, stats = checked(apply, b, guess)
+            return narrow(u), stats
+        A, consts = jax.closure_convert(apply, b)  # one trace of matvec; all that may have a derivative becomes an argument
+
+        @jax.custom_jvp
+        def solution(u: Array, b: Array, consts: Any) -> Array:
+            """u, with the derivatives of ``A^-1 b``: their systems must not start at the guess."""
+            del b, consts
+            return u
+
+        @solution.defjvp
+        def _(primals: tuple, tangents: tuple) -> tuple:
+            u, consts = solution(*primals), primals[2]
+            _, change = jax.jvp(lambda b, consts: b - A(u, *consts), primals[1:], tangents[1:])
+
+            def inverse(A: Any, b: Array) -> Array:
+                return checked(lambda u, k=None: A(u), b, None)[0]
+
+            return u, lax.custom_linear_solve(lambda u: A(u, *consts), change, inverse, inverse, bool(symmetric))
+
+        still = lax.stop_gradient(consts)
+        u, stats = checked(lambda u, k=None: A(u, *still), *lax.stop_gradient((b, guess)))
+        return narrow(solution(u, b, consts)), stats
+
+    return LinearSolver(solve, float(applications), draws)
+
+
+def scan_while_finite(step: Callable[[Any, Any], tuple[Array, Any]], state: Any, xs: Any) -> tuple[Any, Array]:
+    """``step(state, x) -> (change, state)`` along ``xs``, as long as ``|change|^2`` is finite, which takes one pass over it.
+
+    Returns the last state that was so, and whether all were.
+    """
+
+    def body(carry: tuple, x: Any) -> tuple[tuple, None]:
+        state, fine = carry
+        change, new = step(state, x)
+        fine &= jnp.isfinite(square(change))
+        return (select(fine, new, state), fine), None
+
+    return lax.scan(body, (state, jnp.array(True)), xs)[0]
+
+
+def verdict(size: Array, most: Array, fine: Array) -> Array:
+    """Of a method without a tolerance."""
+    return first_code((size > most, Result.DIVERGED), (~fine, Result.NONFINITE))
+
+
+def first_code(*cases: tuple[Array, Any], default: Any = Result.SUCCESSFUL) -> Array:
+    """The code of the first case that holds."""
+    code = jnp.asarray(default, jnp.int32)
+    for condition, case in reversed(cases):
+        code = jnp.where(condition, jnp.asarray(case, jnp.int32), code)
+    return code
+
+
+def dot(a: Array, b: Array) -> Array:
+    return jnp.vdot(a, b, precision=lax.Precision.HIGHEST)
+
+
+def square(a: Array) -> Array:
+    """``a'a``, without a derivative: of the tests alone, and the root of 0 has none."""
+    return dot(*[lax.stop_gradient(a)] * 2)
+
+
+def norm(a: Array) -> Array:
+    """The Euclidean norm, safe from under- and overflow, so 0 for 0 only; without a derivative, which 0 has not."""
+    a = lax.stop_gradient(a)
+    largest = jnp.abs(a).max(initial=0)
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones_like(largest))
+    return unit * jnp.sqrt(dot(a / unit, a / unit))
+
+
+def cast(value: Any, like: Array) -> Array:
+    return jnp.asarray(value, like.dtype)
+
+
+def select(condition: Array, a: Any, b: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def still(tree: PyTree) -> PyTree:
+    """Numbers that have no derivative, so that the rules may close over them."""
+    return jax.tree.map(lambda leaf: lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
+
+
+def number(name: str, value: Any, zero: bool = False) -> Any:
+    """A positive finite number (or 0, if ``zero``), else an error; traced ones pass."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a number")
+    known = not isinstance(value, Tracer) and np.ndim(value) == 0
+    if known and not (0 < value < np.inf or (zero and value == 0)):
+        raise ValueError(f"{name}: got {value}, expected a finite number {'of at least' if zero else 'above'} 0")
+    return still(value)
