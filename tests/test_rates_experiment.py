@@ -11,7 +11,7 @@ import pytest
 
 from bilevel_jax import Batch, hypergrad, linear_solve, solvers
 from bilevel_jax.testing import quadratic
-from experiments import rates
+from experiments import rate_claims, rates
 from tests.tables import distance, small
 
 
@@ -27,12 +27,12 @@ def verdicts(rows):
 
 def test_truncation_has_its_slope(gapped):
     """ITD and Neumann within 5 % of log(1 - a mu); a mu that is off by a seventh is refused."""
-    rows = rates.truncation(gapped, 1 / 20, counts=(60, 140))
+    rows = rate_claims.truncation(gapped, 1 / 20, counts=(60, 140))
     assert set(verdicts(rows).values()) == {"holds"}
     assert rows[0]["measured"] == pytest.approx(np.log(0.95), rel=0.05)
     itd = rows[0]["measured"]
     wrong = np.log1p(-1 / 17)
-    assert rates.claim("", "=", wrong, itd, -0.05 * wrong)["verdict"] == "does not hold"
+    assert rate_claims.claim("", "=", wrong, itd, -0.05 * wrong)["verdict"] == "does not hold"
 
 
 def test_hypergradients_agree():
@@ -56,12 +56,12 @@ def test_hypergradients_agree():
 def test_cold_v_stalls():
     """From the last v a few steps are enough; from 0 they stall, where the closed form says."""
     q = small()
-    aid = partial(rates.double, solvers.aid_bio, 1.0, 0.3, inner_steps=5)
+    aid = partial(rate_claims.double, solvers.aid_bio, 1.0, 0.3, inner_steps=5)
     steps = linear_solve.richardson(steps=2, rate=1.0)
-    warm, cold = (rates.reached(aid(linear_solver=steps, warm=w)(q.problem), q, 200) for w in (True, False))
+    warm, cold = (rate_claims.reached(aid(linear_solver=steps, warm=w)(q.problem), q, 200) for w in (True, False))
     assert warm < 1e-13
     assert cold > 1e-3
-    assert cold == pytest.approx(rates.floor(q, lambda a: 1 - (1 - a) ** 2), rel=1e-6)
+    assert cold == pytest.approx(rate_claims.floor(q, lambda a: 1 - (1 - a) ** 2), rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [0, 6])
@@ -69,10 +69,10 @@ def test_floor_of_unrolled_methods(count):
     """Where D inner steps leave x, and where none are differentiated: against the closed form."""
     q = small()
     own = {"inner_steps": 6} if count else {"inner_steps": 20}
-    make = rates.double(solvers.itd_bio if count else solvers.fo_itd_bio, 1.0, 0.3, **own)
-    found = rates.reached(make(q.problem), q, 200)
+    make = rate_claims.double(solvers.itd_bio if count else solvers.fo_itd_bio, 1.0, 0.3, **own)
+    found = rate_claims.reached(make(q.problem), q, 200)
     assert found > 1e-3
-    assert found == pytest.approx(rates.floor(q, lambda a: 1 - (1 - a) ** count), rel=1e-6)
+    assert found == pytest.approx(rate_claims.floor(q, lambda a: 1 - (1 - a) ** count), rel=1e-6)
 
 
 def test_calls_are_counted_on_samples():
@@ -80,9 +80,9 @@ def test_calls_are_counted_on_samples():
     q = small()
     steps = 0.1, 0.05
     cases = {
-        "soba": (rates.Entry(rates.single(solvers.soba, *steps), 20), 4),
-        "srba": (rates.Entry(rates.single(solvers.srba, *steps, period=5), 20), 4 / 5 * 8 + 1 / 5 * 4 * 32),
-        "fo_itd_bio": (rates.Entry(rates.double(solvers.fo_itd_bio, *steps, inner_steps=2), 20, full=True), 3 * 32),
+        "soba": (rates.Entry(rate_claims.single(solvers.soba, *steps), 20), 4),
+        "srba": (rates.Entry(rate_claims.single(solvers.srba, *steps, period=5), 20), 4 / 5 * 8 + 1 / 5 * 4 * 32),
+        "fo_itd_bio": (rates.Entry(rate_claims.double(solvers.fo_itd_bio, *steps, inner_steps=2), 20, full=True), 3 * 32),
     }
     for name, (entry, each) in cases.items():
         calls, errors = rates.trace(entry, q, seeds=2, rows=2)
@@ -101,8 +101,8 @@ def test_every_solver_is_compared():
 @pytest.mark.slow
 def test_curves_and_figure(tmp_path: Path, monkeypatch):
     some = {
-        "single loop": {"saba": rates.Entry(rates.single(solvers.saba, 0.2, 0.1), 1500)},
-        "deterministic": {"itd_bio": rates.Entry(rates.double(solvers.itd_bio, 1.0, 0.3), 50, full=True)},
+        "single loop": {"saba": rates.Entry(rate_claims.single(solvers.saba, 0.2, 0.1), 1500)},
+        "deterministic": {"itd_bio": rates.Entry(rate_claims.double(solvers.itd_bio, 1.0, 0.3), 50, full=True)},
     }
     monkeypatch.setattr(rates, "entries", lambda q: some)
     runs = rates.curves(small(), 2)
@@ -115,13 +115,13 @@ def test_curves_and_figure(tmp_path: Path, monkeypatch):
 @pytest.mark.slow
 def test_linear_systems(gapped):
     steep = quadratic(jax.random.key(0), condition=20.0, dtype=jnp.float64)
-    rows = rates.accelerated(steep, 1 / 20) + rates.variance(small(), 1 / 5, 256)
+    rows = rate_claims.accelerated(steep, 1 / 20) + rate_claims.variance(small(), 1 / 5, 256)
     assert set(verdicts(rows).values()) == {"holds"}
 
 
 @pytest.mark.slow
 def test_sublinear_slopes():
     q = quadratic(jax.random.key(0), inner_dim=5, outer_dim=5, condition=2.0, noise=0.15, dtype=jnp.float64)
-    found = verdicts(rates.sublinear(q, 64, most=8000) + rates.zeroth_order(q, 64))
+    found = verdicts(rate_claims.sublinear(q, 64, most=8000) + rate_claims.zeroth_order(q, 64))
     assert "does not hold" not in found.values(), found
     assert list(found.values()).count("holds") >= len(found) - 2
