@@ -10,6 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import NullFormatter
 
+from experiments.methods import UNIT
+
 #: One colour and line style a solver, the same in every figure (colours of Okabe and Ito, and of Tol: told apart by all).
 STYLES = {
     "soba": ("#0072B2", "-"),
@@ -41,7 +43,7 @@ def comparison(rows: pd.DataFrame, labels: dict[str, str], title: str, path: Pat
     ``log_work`` makes the horizontal axes logarithmic (the start, at 0, is then left out).  Writes ``path`` with the endings
     .png and .pdf.
     """
-    axes_of = {"seconds": "seconds (one run, metrics excluded)", "oracle_calls": "oracle calls (on 64 rows)"}
+    axes_of = {"seconds": "seconds (one run, metrics excluded)", "oracle_calls": f"oracle calls (on {UNIT} rows)"}
     if log_work:
         rows = rows.query("step > 0")
     figure, axes = plt.subplots(

@@ -22,7 +22,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from bilevel_jax import BilevelState, Carry, Levels, Problem, Result, Solver, Vars, begin, checks, resume, samplers, spent
-from experiments.methods import METHODS, Rates
+from experiments.methods import METHODS, UNIT, Rates
 from experiments.store import Options, Store
 
 #: Seconds between two saves of the state of a running solver.
@@ -152,10 +152,6 @@ def _run_one(
             store.save(name, carry)
             saved = time.monotonic()
     store.finish(name, np.asarray(carry.result))
-
-
-#: Rows of the batches that oracle calls are counted on, whatever the batches of a solver.
-UNIT = 64
 
 
 def oracle_calls(task: Task, solver: Solver, sampler: samplers.Sampler, state: BilevelState) -> np.ndarray:

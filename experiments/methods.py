@@ -6,6 +6,9 @@ from typing import Any, Literal, NamedTuple
 
 from bilevel_jax import Levels, Problem, Solver, Vars, default_opts, linear_solve, solvers
 
+#: Rows of the batches that oracle calls are counted on, whatever the batches of a solver.
+UNIT = 64
+
 Name = Literal[
     "soba",
     "ma_soba",

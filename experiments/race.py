@@ -22,6 +22,7 @@ from bilevel_jax import Levels, Result, Solver, Vars, begin, resume, spent
 from bilevel_jax.samplers import Sampler
 from bilevel_jax.types import Array
 from experiments.figures import comparison
+from experiments.methods import UNIT
 
 
 class Entrant(NamedTuple):
@@ -42,10 +43,6 @@ class Options:
     """folder to write to"""
     overwrite: bool = False
     """delete what the folder holds"""
-
-
-#: Rows of the batches that oracle calls are counted on, as in `experiments.harness`.
-UNIT = 64
 
 
 def race(
