@@ -13,6 +13,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel_jax import checks
+from bilevel_jax.projections import value_at
 from bilevel_jax.types import Array, Batch, Estimator, PyTree, Schedule, Slot, Table, Terms, Vars
 
 
@@ -60,11 +61,6 @@ def _zeros(oracle: Any, vars: Vars, batch: Batch) -> Terms:
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(oracle, vars, batch))
 
 
-def _at(schedule: Schedule, count: Array) -> Any:
-    with jax.numpy_dtype_promotion("standard"):  # schedules are users' code, written as for optax
-        return schedule(count) if callable(schedule) else schedule
-
-
 def _mix(weight: Any, new: PyTree, old: PyTree) -> PyTree:
     """``weight * new + (1 - weight) * old``, in the dtype of ``new``; exactly ``new`` when the weight is 1."""
 
@@ -109,7 +105,7 @@ def ema(theta: Schedule) -> Estimator:
         return EmaState(widen(total(_zeros(oracle, vars, batch))))
 
     def update(oracle: Any, vars: Vars, batch: Batch, count: Array, state: EmaState) -> tuple[Vars, EmaState]:
-        weight = jnp.where(count == 0, 1.0, _at(theta, count))
+        weight = jnp.where(count == 0, 1.0, value_at(theta, count))
         new = total(oracle(vars, batch))
         mean = _mix(weight, widen(new), state.mean)
         return narrow(mean, new), EmaState(mean)
@@ -348,7 +344,7 @@ def storm(eta: Schedule) -> Estimator:
 
     def estimate(oracle: Any, vars: Vars, batch: Batch, count: Array, state: RecursiveState) -> Vars:
         new, old = total(oracle(vars, batch)), total(oracle(state.vars, batch))
-        keep = 1 - jnp.clip(jnp.where(count == 0, 1.0, _at(eta, count)), 0.0, 1.0)
+        keep = 1 - jnp.clip(jnp.where(count == 0, 1.0, value_at(eta, count)), 0.0, 1.0)
         return jax.tree.map(lambda n, o, d: n + keep.astype(n.dtype) * (d - o), new, old, state.direction)
 
     return _recursive(estimate, 2.0, 0.0, needs_means=False)

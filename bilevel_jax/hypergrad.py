@@ -6,7 +6,7 @@ own are in `bilevel_jax.implicit_diff`.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ from jax import lax
 
 from bilevel_jax import checks, linear_solve
 from bilevel_jax.linear_solve import LinearSolver
-from bilevel_jax.oracles import losses
+from bilevel_jax.oracles import losses, norm
+from bilevel_jax.projections import moved
 from bilevel_jax.results import Result, all_finite
 from bilevel_jax.types import Array, Batch, Problem, PyTree
 
@@ -176,8 +177,8 @@ def zeroth_order(opt: optax.GradientTransformation, steps: int, *, directions: i
 def _along_a_path(follow: "Follow", jacobian: "Jacobian", steps: int) -> Method:
     def method(loss: Losses, z: PyTree, x: PyTree, guess: PyTree, key: Any) -> tuple[Array, PyTree, Stats]:
         del guess
-        gradient = jax.grad(loss.g)
-        last, pull = jacobian.at(lambda x: follow(lambda z, x, k: gradient(z, x), z, x), x, key)
+        gradient, start = jax.grad(loss.g), lax.stop_gradient(z)
+        last, pull = jacobian.at(lambda x: follow(lambda z, x, k: gradient(z, x), start, x), x, key)
         value, (fz, fx) = jax.value_and_grad(loss.f, argnums=(0, 1))(last, x)
         total = jax.tree.map(jnp.add, fx, pull(fz))
         residual = norm(gradient(last, x))
@@ -187,8 +188,19 @@ def _along_a_path(follow: "Follow", jacobian: "Jacobian", steps: int) -> Method:
     return method
 
 
-#: ``(gradient, z, x) -> z``: the end of an inner path from z, with ``gradient(z, x, k)`` that of step k.
-Follow = Callable[[Callable[[PyTree, PyTree, Array], PyTree], PyTree, PyTree], PyTree]
+class Follow(Protocol):
+    """The end of an inner path from z, differentiable in z and x, with ``gradient(z, x, k)`` the direction of step k.
+
+    With ``score(z, x)``, its worst iterate instead: that of the largest score after the first step.
+    """
+
+    def __call__(
+        self,
+        gradient: Callable[[PyTree, PyTree, Array], PyTree],
+        z: PyTree,
+        x: PyTree,
+        score: Callable[[PyTree, PyTree], Array] | None = None,
+    ) -> PyTree: ...
 
 
 class Jacobian(NamedTuple):
@@ -200,27 +212,35 @@ class Jacobian(NamedTuple):
 
 
 def path(opt: optax.GradientTransformation, steps: int, *, truncate: int | None = None, checkpoint: str = "step") -> Follow:
-    """``steps`` steps of an optimiser, differentiable in x over the last ``truncate``; arguments as for `iterative`."""
+    """``steps`` steps of an optimiser, differentiable over the last ``truncate``; arguments as for `iterative`."""
     steps = checks.positive_int("steps", steps)
-    kept = steps if truncate is None else checks.positive_int("truncate", truncate, least=0)
-    if kept > steps:
-        raise ValueError(f"truncate: got {kept}, expected at most steps = {steps}")
+    kept_steps = steps if truncate is None else checks.positive_int("truncate", truncate, least=0)
+    if kept_steps > steps:
+        raise ValueError(f"truncate: got {kept_steps}, expected at most steps = {steps}")
     if checkpoint not in ("sqrt", "step", "none"):
         raise ValueError(f"checkpoint: got {checkpoint!r}, expected 'sqrt', 'step' or 'none'")
 
-    def follow(gradient: Any, z: PyTree, x: PyTree) -> PyTree:
+    def follow(gradient: Any, z: PyTree, x: PyTree, score: Any = None) -> PyTree:
         def step(carry: Any, x: PyTree) -> Any:
-            z, state, k = carry
-            with jax.numpy_dtype_promotion("standard"):
-                updates, state = opt.update(gradient(z, x, k), state, z)
-                return optax.apply_updates(z, updates), state, k + 1
+            (z, state, k), kept = carry
+            z, state = moved(opt, gradient(z, x, k), state, z, x)
+            if score is not None:
+                worst, height = kept
+                new = score(z, x)
+                higher = ~(new <= height)  # a score that is NaN is the worst, and shows
+                kept = jax.tree.map(lambda n, o: jnp.where(higher, n, o), (z, new), (worst, height))
+            return (z, state, k + 1), kept
 
         with jax.numpy_dtype_promotion("standard"):
-            carry = (lax.stop_gradient(z), opt.init(z), jnp.int32(0))
-        if steps > kept:
+            carry: Any = (z, opt.init(z), jnp.int32(0)), None
+        if score is not None:
+            shape = jax.eval_shape(score, z, x)
+            carry = carry[0], (z, jnp.full(shape.shape, -jnp.inf, shape.dtype))
+        if steps > kept_steps:
             fixed = lax.stop_gradient(x)
-            carry = lax.stop_gradient(repeat(lambda c: step(c, fixed), carry, steps - kept, "none"))
-        return repeat(lambda c: step(c, x), carry, kept, checkpoint)[0]
+            carry = lax.stop_gradient(repeat(lambda c: step(c, fixed), carry, steps - kept_steps, "none"))
+        (last, _, _), kept = repeat(lambda c: step(c, x), carry, kept_steps, checkpoint)
+        return last if score is None else kept[0]
 
     return follow
 
@@ -327,13 +347,6 @@ def repeat(step: Callable[[Any], Any], carry: Any, times: int, checkpoint: str) 
     carry = loop(carry, times % size) if times % size else carry
     block = jax.checkpoint(lambda c: loop(c, size), prevent_cse=False)
     return lax.scan(lambda c, _: (block(c), None), carry, None, length=times // size)[0]
-
-
-def norm(tree: PyTree) -> Array:
-    """The Euclidean norm of all the numbers in a pytree, in float32 at least."""
-    leaves = jax.tree.leaves(tree)
-    wide = max((jnp.dtype(jnp.float32), *(leaf.dtype for leaf in leaves)), key=lambda dtype: jnp.finfo(dtype).bits)
-    return jnp.sqrt(sum(jnp.vdot(leaf.astype(wide), leaf.astype(wide)) for leaf in leaves))
 
 
 def usable(solver: LinearSolver | None, positive_definite: bool, tolerance: float | None = None) -> LinearSolver:

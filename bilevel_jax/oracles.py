@@ -10,8 +10,9 @@ import numpy as np
 
 from bilevel_jax import checks
 from bilevel_jax.linear_solve import LinearSolver
+from bilevel_jax.projections import value_at
 from bilevel_jax.samplers import take_draw
-from bilevel_jax.types import Array, Batch, Calls, Levels, Loss, Oracle, Problem, PyTree, Terms, Vars
+from bilevel_jax.types import Array, Batch, Calls, Levels, Loss, Oracle, Problem, PyTree, Schedule, Terms, Vars
 
 
 def mean_loss(loss: Loss, name: str) -> Callable[[PyTree, PyTree, PyTree, Array | None], Array]:
@@ -103,9 +104,7 @@ def implicit(problem: Problem, *, mode: str = "reverse") -> Oracle:
             hv, cross = pullback(v)
         else:
             (dz, _), (hv, cross) = jax.jvp(lambda z: gradients(z, x), (z,), (v,))
-        fz, fx = jax.grad(f, argnums=(0, 1))(z, x, batch)
-        if not depends(lambda x: f(z, x, batch), x):
-            fx = None  # a term that is zero by structure: no estimator should keep a table of it
+        fz, fx = outer_pair(f, z, x, batch)
         return Terms(inner=Vars(dz, hv, cross), outer=Vars(None, fz, fx))
 
     def calls(moved: Vars) -> Calls:
@@ -115,6 +114,121 @@ def implicit(problem: Problem, *, mode: str = "reverse") -> Oracle:
             cross=float(bool(moved.outer)),
             outer_gradient=float(bool(moved.aux or moved.outer)),
         )
+
+    return Oracle(terms, calls)
+
+
+def finite_difference(problem: Problem, *, scale: float | None = None) -> Oracle:
+    """The directions of `implicit`, the products with second derivatives by central differences of gradients along v.
+
+    ``H v = [d_z g(z + d v) - d_z g(z - d v)] / (2 d)`` and the same of d_x g, with ``d = scale (1 + |z|) / |v|``.  The error is
+    O(d^2) from the third derivative and O(eps / d) from rounding: in float32 1e-4 at best.  In JAX the exact product
+    costs about as much; this is for losses without second derivatives, and for memory.
+
+    Args:
+        problem: the two losses.
+        scale: by default the third root of the machine epsilon of z.
+
+    Returns:
+        An oracle of the same kind as `implicit`, for the ``oracle`` of single-loop solvers.
+
+    Raises:
+        TypeError, ValueError: for anything but a ``Problem``, and a scale that is not positive.
+
+    Cost: one inner gradient for z; two (each in z and x) for v and x together, and one outer gradient pair.
+
+    Reference: Huang, "Optimal Hessian/Jacobian-free nonconvex-PL bilevel optimization", ICML 2024, arXiv 2407.17823; Yang,
+    Xiao, Ji, "Achieving O(eps^-1.5) complexity in Hessian/Jacobian-free stochastic bilevel optimization", NeurIPS 2023, arXiv
+    2312.03807.
+
+    Example:
+        >>> problem = Problem(lambda z, x, a: 0.5 * ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
+        >>> at, batch = Vars(jnp.ones(1), jnp.full(1, 3.0), jnp.ones(1)), Batch(outer=jnp.zeros(1))
+        >>> round(float(finite_difference(problem).terms(at, batch, jnp.int32(0)).inner.aux[0]), 3)
+        3.0
+    """
+    g, f = losses(problem)
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale: got {scale}, expected a positive number")
+
+    def terms(vars: Vars, batch: Batch, step: Array) -> Terms:
+        del step
+        z, v, x = vars
+        dz = jax.grad(g)(z, x, batch)
+        if v is None or batch.outer is None:
+            return Terms(inner=Vars(inner=dz))
+        checks.same_shapes("vars.aux", v, z, "vars.inner")
+        kinds = [leaf.dtype for leaf in jax.tree.leaves(z)]
+        root = max(float(jnp.finfo(kind).eps) for kind in kinds) ** (1 / 3) if scale is None else scale
+        length = norm(v)
+        d = root * (1 + norm(z)) / jnp.where(length > 0, length, 1)  # along v = 0 the difference is 0
+
+        def beside(sign: float) -> tuple[PyTree, PyTree]:
+            moved = jax.tree.map(lambda a, b: a + (sign * d).astype(a.dtype) * b, z, v)
+            return jax.grad(g, argnums=(0, 1))(moved, x, batch)
+
+        hv, cross = jax.tree.map(lambda a, b: (a - b) / (2 * d).astype(a.dtype), beside(1.0), beside(-1.0))
+        fz, fx = outer_pair(f, z, x, batch)
+        return Terms(inner=Vars(dz, hv, cross), outer=Vars(None, fz, fx))
+
+    def calls(moved: Vars) -> Calls:
+        second = bool(moved.aux or moved.outer)
+        return Calls(inner_gradient=float(bool(moved.inner) + 2 * second), outer_gradient=float(second))
+
+    return Oracle(terms, calls)
+
+
+def aggregated(problem: Problem, weight: Schedule) -> Oracle:
+    """The directions of `implicit` with the inner loss replaced by ``psi = (1 - mu) g + mu f``, which f makes strongly convex.
+
+    Where g has many minimisers in z, psi has one, near that of them which f prefers; with mu falling to 0 it tends there.
+
+    Args:
+        problem: the two losses; f strongly convex in z in theory.
+        weight: mu in [0, 1], a number or a schedule of the step.
+
+    Returns:
+        An oracle.  Without v (or for a path of inner steps: see `bilevel_jax.stages.unroll`) it has the direction of z alone.
+
+    Raises:
+        TypeError, ValueError: for anything but a ``Problem``, and a weight outside [0, 1].
+
+    Cost: one inner gradient, one Hessian-vector product, one cross product and two outer gradient pairs: the second stands
+    for the products with the second derivatives of f.
+
+    Reference: Liu, Mu, Yuan, Zeng, Zhang, "A generic first-order algorithmic framework for bi-level programming beyond
+    lower-level singleton", ICML 2020, arXiv 2006.04045 (the direction of z); Liu, Liu, Yao, Zeng, Zhang, "Averaged method of
+    multipliers for bi-level optimization without lower-level strong convexity", ICML 2023, arXiv 2302.03407 (all three).
+
+    Example:
+        >>> problem = Problem(lambda z, x, a: 0.0 * z.sum(), lambda z, x, b: 0.5 * ((z - x) ** 2).sum())
+        >>> at, batch = Vars(jnp.ones(1), jnp.zeros(1), jnp.zeros(1)), Batch(outer=jnp.zeros(1))
+        >>> float(aggregated(problem, 0.25).terms(at, batch, jnp.int32(0)).outer.inner[0])
+        0.25
+    """
+    g, f = losses(problem)
+    checks.unit_interval("weight", weight)
+
+    def terms(vars: Vars, batch: Batch, step: Array) -> Terms:
+        z, v, x = vars
+        if batch.outer is None:
+            raise ValueError("batch.outer: got None, expected data of the outer loss, which enters the direction of z")
+        mu = value_at(weight, step)
+        part = lambda tree, of_f: scaled(mu if of_f else 1 - mu, tree)  # noqa: E731
+        if v is None:
+            dz, fz = jax.grad(g)(z, x, batch), jax.grad(f)(z, x, batch)
+            return Terms(inner=Vars(inner=part(dz, False)), outer=Vars(inner=part(fz, True)))
+        checks.same_shapes("vars.aux", v, z, "vars.inner")
+        dz, pull = jax.vjp(lambda z, x: jax.grad(g)(z, x, batch), z, x)
+        (fz, fx), pull_f = jax.vjp(lambda z, x: jax.grad(f, argnums=(0, 1))(z, x, batch), z, x)
+        products = pull_f((v, jax.tree.map(jnp.zeros_like, fx)))
+        hv, cross = part(pull(v), False)
+        fhv, fcross = jax.tree.map(jnp.add, part(products, True), (fz, fx))
+        return Terms(inner=Vars(part(dz, False), hv, cross), outer=Vars(part(fz, True), fhv, fcross))
+
+    def calls(moved: Vars) -> Calls:
+        z, v, x = map(bool, moved)
+        return Calls(float(z), float(v), float(x), float(z or v or x) + float(v or x))
 
     return Oracle(terms, calls)
 
@@ -225,3 +339,21 @@ def depends(function: Callable[..., Array], argument: PyTree, *others: PyTree) -
         if any(not isinstance(v, jax.extend.core.Literal) and v in reached for v in eqn.invars):
             reached.update(eqn.outvars)
     return any(not isinstance(v, jax.extend.core.Literal) and v in reached for v in jaxpr.outvars)
+
+
+def outer_pair(f: DrawLoss, z: PyTree, x: PyTree, batch: Batch) -> tuple[PyTree, PyTree]:
+    """``d_z f`` and ``d_x f``, the second None where it is zero by structure: no estimator should keep a table of it."""
+    fz, fx = jax.grad(f, argnums=(0, 1))(z, x, batch)
+    return fz, fx if depends(lambda x: f(z, x, batch), x) else None
+
+
+def scaled(factor: Any, tree: PyTree) -> PyTree:
+    """A tree times a number, in its own dtypes."""
+    return jax.tree.map(lambda leaf: leaf * jnp.asarray(factor).astype(leaf.dtype), tree)
+
+
+def norm(tree: PyTree) -> Array:
+    """The Euclidean norm of all the numbers in a pytree, in float32 at least."""
+    leaves = jax.tree.leaves(tree)
+    wide = max((jnp.dtype(jnp.float32), *(leaf.dtype for leaf in leaves)), key=lambda dtype: jnp.finfo(dtype).bits)
+    return jnp.sqrt(sum(jnp.vdot(leaf.astype(wide), leaf.astype(wide)) for leaf in leaves))

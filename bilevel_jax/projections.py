@@ -1,13 +1,35 @@
-"""Constraints and nonsmooth terms as links of an `optax.chain`: put them last."""
+"""Constraints and nonsmooth terms as links of an `optax.chain`: put them last.
+
+Also the places where optimisers are applied and schedules are evaluated: `moved` and `value_at`.
+"""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel_jax.nonsmooth import Nonsmooth
 from bilevel_jax.types import Array, PyTree, Schedule
+
+
+def moved(opt: optax.GradientTransformation, direction: PyTree, state: PyTree, value: PyTree, outer: PyTree) -> Any:
+    """``value`` after a step of an optimiser along ``direction``, and its new state.
+
+    ``outer``, the current x, is given to the optimiser as an extra argument: the weights of a proximal link may depend on it.
+    optax is called under standard dtype promotion, because several of its parts (adam, debiased ema, cosine schedules) break
+    under the strict promotion that the rest of this library keeps.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        updates, state = optax.with_extra_args_support(opt).update(direction, state, value, outer=outer)
+        return optax.apply_updates(value, updates), state
+
+
+def value_at(schedule: Schedule, count: Array) -> Any:
+    """A schedule after ``count`` steps; a number is itself.  Schedules are users' code, written as for optax."""
+    with jax.numpy_dtype_promotion("standard"):
+        return schedule(count) if callable(schedule) else schedule
 
 
 def project(projection: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
@@ -42,35 +64,84 @@ class ProxState(NamedTuple):
     steps: Array  # int32 [], number of steps done
 
 
-def prox(operator: Callable[[PyTree, Array | float], PyTree], step_size: Schedule) -> optax.GradientTransformation:
+def prox(
+    operator: Nonsmooth | Callable[[PyTree, Array | float], PyTree], step_size: Schedule
+) -> optax.GradientTransformationExtraArgs:
     """Proximal steps: the iterate after the step is ``operator(params + updates, step_size)``.
 
     Args:
-        operator: ``(point, step) -> argmin_u r(u) + |u - point|^2 / (2 step)``, keeping structure, shapes and dtypes.
+        operator: a term of `bilevel_jax.nonsmooth`, whose weights may depend on the current x; or a function
+            ``(point, step) -> argmin_u r(u) + |u - point|^2 / (2 step)``, keeping structure, shapes and dtypes.
         step_size: the step of the gradient part: a number or a schedule of the number of applications.
 
     Raises:
         ValueError: (when traced) if ``params`` is missing, or the operator changes structure, shape or dtype.
 
     Example:
-        >>> def soft(v, step):
-        ...     return jnp.sign(v) * jnp.maximum(jnp.abs(v) - step, 0.0)
-        >>> opt = optax.chain(optax.sgd(0.5), prox(soft, 0.5))
+        >>> from bilevel_jax.nonsmooth import l1
+        >>> opt = optax.chain(optax.sgd(0.5), prox(l1(1.0), 0.5))
         >>> z = jnp.array([1.0, 0.25])
         >>> updates, _ = opt.update(jnp.zeros(2), opt.init(z), z)
         >>> [float(v) for v in optax.apply_updates(z, updates)]
         [0.5, 0.0]
     """
 
+    if isinstance(operator, Nonsmooth):
+        apply = operator.prox
+    else:
+        plain = operator
+        apply = lambda point, step, outer: plain(point, step)  # noqa: E731
+
     def init(params: PyTree) -> ProxState:
         del params
         return ProxState(jnp.zeros((), jnp.int32))
 
-    def update(updates: PyTree, state: ProxState, params: PyTree | None = None) -> tuple[PyTree, ProxState]:
-        step = step_size(state.steps) if callable(step_size) else step_size
-        return _land(lambda point: operator(point, step), updates, params), ProxState(state.steps + 1)
+    def update(
+        updates: PyTree, state: ProxState, params: PyTree | None = None, *, outer: PyTree = None, **others: Any
+    ) -> tuple[PyTree, ProxState]:
+        del others
+        step = value_at(step_size, state.steps)
+        return _land(lambda point: apply(point, step, outer), updates, params), ProxState(state.steps + 1)
 
-    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
+
+
+class _ProximalUpdate(NamedTuple):
+    """An optax update that says which term it ends with."""
+
+    apply: Callable[..., Any]
+    term: Nonsmooth
+
+    def __call__(self, updates: PyTree, state: PyTree, params: PyTree | None = None, **others: Any) -> Any:
+        return self.apply(updates, state, params, **others)
+
+
+def proximal_sgd(rate: Schedule, term: Nonsmooth) -> optax.GradientTransformationExtraArgs:
+    """Proximal gradient steps, ``prox_{rate r(., x)}(z - rate direction)``: the gradient and the prox take one step size.
+
+    Args:
+        rate: a number or a schedule of the number of applications.
+        term: r, of `bilevel_jax.nonsmooth`; its weights are taken at the current x.
+
+    Raises:
+        TypeError: for anything but a ``Nonsmooth``; ValueError: (when traced) for an operator that changes structure, shape or
+            dtype.
+
+    Example:
+        >>> from bilevel_jax.nonsmooth import l1
+        >>> opt, z = proximal_sgd(0.5, l1(lambda x: x)), jnp.array([1.0, 0.25])
+        >>> moved(opt, jnp.zeros(2), opt.init(z), z, outer=jnp.array([1.0, 1.0]))[0].tolist()
+        [0.5, 0.0]
+    """
+    if not isinstance(term, Nonsmooth):
+        raise TypeError(f"term: got {type(term).__name__}, expected a term of bilevel_jax.nonsmooth")
+    steps = optax.chain(optax.sgd(rate), prox(term, rate))  # type: ignore[arg-type]
+    return optax.GradientTransformationExtraArgs(steps.init, _ProximalUpdate(steps.update, term))
+
+
+def term_of(opt: Any) -> Nonsmooth | None:
+    """The term of an optimiser that `proximal_sgd` made, None of any other."""
+    return getattr(getattr(opt, "update", None), "term", None)
 
 
 def _land(operator: Callable[[PyTree], PyTree], updates: PyTree, params: PyTree | None) -> PyTree:

@@ -14,12 +14,14 @@ import optax
 from jax import lax
 
 from bilevel_jax import checks
+from bilevel_jax.estimators import total
 from bilevel_jax.hypergrad import Jacobian, norm, path, reverse
 from bilevel_jax.linear_solve import LinearSolver
-from bilevel_jax.oracles import depends, losses, system
+from bilevel_jax.oracles import depends, implicit, losses, system
+from bilevel_jax.projections import moved, value_at
 from bilevel_jax.results import Result, Status, Tally, all_finite, tally
 from bilevel_jax.samplers import take_draw
-from bilevel_jax.types import Array, Batch, Calls, Cost, Problem, PyTree, Schedule, Stage, Vars
+from bilevel_jax.types import Array, Batch, Calls, Cost, Oracle, Problem, PyTree, Schedule, Stage, Vars
 
 
 class SolveState(NamedTuple):
@@ -103,16 +105,14 @@ def solve_inner(
 
     def update(state: SolveState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, SolveState]:
         draw = take_draw(batches, 0)
-        limit = jnp.maximum(jnp.ceil(jnp.asarray(_at(max_steps, step), jnp.float32)), 1.0).astype(jnp.int32)
-        target = None if tolerance is None else jnp.asarray(_at(tolerance, step), state.residual.dtype)
+        limit = jnp.maximum(jnp.ceil(jnp.asarray(value_at(max_steps, step), jnp.float32)), 1.0).astype(jnp.int32)
+        target = None if tolerance is None else jnp.asarray(value_at(tolerance, step), state.residual.dtype)
 
         def gradient(z: PyTree) -> PyTree:
             return jax.grad(g)(z, vars.outer, draw)
 
         def advance(z: PyTree, slope: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree, Array]:
-            with jax.numpy_dtype_promotion("standard"):
-                updates, opt_state = opt.update(slope, opt_state, z)
-                new = optax.apply_updates(z, updates)
+            new, opt_state = moved(opt, slope, opt_state, z, vars.outer)
             return new, opt_state, all_finite(new)
 
         def going(carry: tuple) -> Array:
@@ -196,7 +196,7 @@ def solve_aux(problem: Problem, solver: LinearSolver | Callable[[Array], LinearS
 class UnrollState(NamedTuple):
     """What `unroll` keeps."""
 
-    opt: PyTree  # optax state of x
+    opts: Vars  # optax states of the variables that move, but z
 
 
 def unroll(
@@ -204,17 +204,24 @@ def unroll(
     opts: Vars,
     steps: int,
     *,
+    direction: Oracle | None = None,
+    start: Callable[[Vars], PyTree] = lambda vars: vars.inner,
+    pessimistic: bool = False,
     truncate: int | None = None,
     checkpoint: str = "step",
     jacobian: Jacobian = reverse,
     fresh: bool = True,
 ) -> Stage:
-    """Follow ``steps`` inner steps from z, and step x along the derivative of f at their end, through all of them.
+    """Follow ``steps`` inner steps from a start, and step x along the derivative of f at their end, through all of them.
 
     Args:
         problem: the two losses.
-        opts: optimisers of z and x.  That of z starts anew, momentum and counts of schedules, in every sweep.
+        opts: optimisers of z and x, and of ``vars.aux`` where it moves, too: where the path starts from it.  That of z starts
+            anew, momentum and counts of schedules, in every sweep.
         steps: inner steps.
+        direction: an oracle whose direction of z the path follows, at ``step`` the number of the inner step; by default d_z g.
+        start: where the path starts, a function of the variables; by default at z, which is not differentiated.
+        pessimistic: whether f is taken, and differentiated, at the iterate of the path at which it is largest.
         truncate, checkpoint: as for `bilevel_jax.hypergrad.iterative`; ``truncate=0`` is the first-order method.
         jacobian: how a vector is pulled back through the path: `bilevel_jax.hypergrad.reverse` or ``gaussian(...)`` of it.
         fresh: whether every inner step takes a draw of its own, or all of them, and f, the same one.
@@ -223,25 +230,30 @@ def unroll(
         A stage of ``steps + 1`` draws, the last of them for f, or one draw if not ``fresh``.
 
     Raises:
-        TypeError, ValueError: for counts out of range, optimisers that are missing, and an optimiser of v, which this method
-            has not; (in ``init``) for a first-order method on an outer loss that does not depend on x.
+        TypeError, ValueError: for counts out of range, optimisers that are missing, and an optimiser of ``vars.aux`` on a path
+            that is truncated, so that its start has no derivative; (in ``init``) for a first-order method on an outer loss that
+            does not depend on x, and for an optimiser of ``vars.aux`` on which the start does not depend.
 
-    Cost: ``steps`` inner gradients, as many Hessian-vector and cross products as are differentiated, one outer gradient pair;
-    with ``gaussian(directions, radius)`` (directions + 1) ``steps`` inner gradients.  What checkpoints compute again is not
-    counted.
+    Cost: ``steps`` calls of the direction, as many Hessian-vector and cross products as are differentiated, one outer gradient
+    pair (``steps`` more values of f if pessimistic, counted as pairs); with ``gaussian(directions, radius)`` (directions + 1)
+    ``steps`` calls.  What checkpoints compute again is not counted.
 
     Example:
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> unroll(problem, Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)), 5).draws
         6
     """
-    g, f = losses(problem)
+    _, f = losses(problem)
+    direction = implicit(problem) if direction is None else direction
     for name in ("inner", "outer"):
         checks.transformation(f"opts.{name}", getattr(opts, name))
     if opts.aux is not None:
-        raise ValueError("opts.aux: got an optimiser, expected None, because there is no v to move")
+        checks.transformation("opts.aux", opts.aux)
+        if truncate is not None:
+            raise ValueError(f"truncate: got {truncate}, expected None, because the start moves, too, by its derivative")
     follow = path(opts.inner, steps, truncate=truncate, checkpoint=checkpoint)
     kept = steps if truncate is None else truncate
+    moving = opts._replace(inner=None)
 
     def init(vars: Vars, batches: Batch) -> UnrollState:
         if batches.outer is None:
@@ -252,30 +264,39 @@ def unroll(
                 "truncate: got 0, expected at least 1, because the outer loss does not depend on x but through z, so that "
                 "the first-order gradient is 0"
             )
+        if opts.aux is not None and not depends(lambda y: jax.tree.leaves(start(vars._replace(aux=y)))[0], vars.aux):
+            raise ValueError("opts.aux: got an optimiser, expected None, because the path does not start from vars.aux")
         with jax.numpy_dtype_promotion("standard"):
-            state = UnrollState(opts.outer.init(vars.outer))
+            state = UnrollState(Vars(*(None if o is None else o.init(v) for o, v in zip(moving, vars, strict=True))))
         jax.eval_shape(update, state, vars, batches, jnp.zeros((), jnp.int32))
         return state
 
     def update(state: UnrollState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, UnrollState]:
         del step
-        z, _, x = vars
+        last = take_draw(batches, steps if fresh else 0)
+        free = Vars(*(None if o is None else v for o, v in zip(moving, vars, strict=True)))
 
-        def gradient(z: PyTree, x: PyTree, k: Array) -> PyTree:
-            return jax.grad(g)(z, x, take_draw(batches, k if fresh else 0))
+        def slope(z: PyTree, x: PyTree, k: Array) -> PyTree:
+            return total(direction.terms(Vars(z, None, x), take_draw(batches, k if fresh else 0), k)).inner  # type: ignore[arg-type]
 
-        end, pull = jacobian.at(lambda x: follow(gradient, z, x), x, take_draw(batches, 0).key)
-        fz, fx = jax.grad(f, argnums=(0, 1))(end, x, take_draw(batches, steps if fresh else 0))
-        direction = jax.tree.map(jnp.add, fx, pull(fz))
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt = opts.outer.update(direction, state.opt, x)
-            return Vars(end, vars.aux, optax.apply_updates(x, updates)), UnrollState(opt)
+        def end(free: Vars) -> PyTree:
+            now = Vars(vars.inner, vars.aux if free.aux is None else free.aux, free.outer)
+            return follow(slope, start(now), now.outer, (lambda z, x: f(z, x, last)) if pessimistic else None)
+
+        z, pull = jacobian.at(end, free, take_draw(batches, 0).key)
+        fz, fx = jax.grad(f, argnums=(0, 1))(z, vars.outer, last)
+        way = pull(fz)
+        way = way._replace(outer=jax.tree.map(jnp.add, fx, way.outer))
+        pairs = [
+            None if o is None else moved(o, w, s, v, vars.outer)
+            for o, w, s, v in zip(moving, way, state.opts, vars, strict=True)
+        ]
+        aux, outer = (v if p is None else p[0] for p, v in zip(pairs[1:], vars[1:], strict=True))
+        return Vars(z, aux, outer), UnrollState(Vars(*(None if p is None else p[1] for p in pairs)))
 
     second = float(kept) if jacobian.directions is None else 0.0
-    calls = Calls(float(steps * (1 + (jacobian.directions or 0))), second, second, 1.0)
+    each = direction.calls(Vars(inner=True, aux=False, outer=False))
+    calls = Calls(*(steps * (1 + (jacobian.directions or 0)) * c for c in each))
+    calls = calls._replace(hessian_vector=calls.hessian_vector + second, cross=calls.cross + second)
+    calls = calls._replace(outer_gradient=calls.outer_gradient + 1.0 + (steps if pessimistic else 0))
     return Stage(init, update, steps + 1 if fresh else 1, Cost(draw=calls), lazy=True)
-
-
-def _at(schedule: Schedule, step: Array) -> Any:
-    with jax.numpy_dtype_promotion("standard"):  # schedules are users' code, written as for optax
-        return schedule(step) if callable(schedule) else schedule

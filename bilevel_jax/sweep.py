@@ -1,18 +1,15 @@
-"""Composition: stages that step the variables, and the sweep that applies them in order.
+"""Composition: stages that step the variables, and the sweep that applies them in order."""
 
-optax is called under standard dtype promotion, here and elsewhere, because several of its parts (adam, debiased ema, cosine
-schedules) break under the strict promotion that the rest of this library keeps.
-"""
-
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from bilevel_jax import checks
 from bilevel_jax.estimators import plain
+from bilevel_jax.projections import moved
 from bilevel_jax.results import Status, all_finite, keep
 from bilevel_jax.samplers import Draws, take_draw, take_window
 from bilevel_jax.types import (
@@ -78,7 +75,7 @@ def descend(
             variable that moves.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import jax.numpy as jnp, optax
         >>> from bilevel_jax.oracles import implicit
         >>> from bilevel_jax.types import Problem
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
@@ -96,7 +93,7 @@ def descend(
         )
     width = oracle.draws or 1
     single = (lambda batches: take_draw(batches, 0)) if oracle.draws is None else (lambda batches: batches)
-    moved = Vars(*(o is not None for o in opts))
+    moves = Vars(*(o is not None for o in opts))
 
     def bind(step: Array, codes: list[Array] | None) -> BoundOracle:
         def pruned(vars: Vars, batch: Batch) -> Terms:
@@ -105,8 +102,8 @@ def descend(
                 parts, code = parts
                 if codes is not None:
                     codes.append(code)
-            parts = Terms(*(Vars(*(t if m else None for t, m in zip(part, moved, strict=True))) for part in parts))
-            for name, m, *found in zip(Vars._fields, moved, *parts, strict=True):
+            parts = Terms(*(Vars(*(t if m else None for t, m in zip(part, moves, strict=True))) for part in parts))
+            for name, m, *found in zip(Vars._fields, moves, *parts, strict=True):
                 if m and all(t is None for t in found):
                     raise ValueError(
                         f"opts.{name}: got an optimiser, but the oracle gives no direction for {name} "
@@ -133,9 +130,8 @@ def descend(
         def once(carry: tuple[Vars, DescendState], batch: Batch, k: Any) -> tuple[Vars, DescendState]:
             (vars, state), codes = carry, []
             direction, est = estimator.update(bind(step, codes), vars, batch, step * steps + k, state.estimator)
-            with jax.numpy_dtype_promotion("standard"):
-                pairs = _each(lambda o, d, s, value: o.update(d, s, value), opts, direction, state.opts, vars)
-                new = [v if p is None else optax.apply_updates(v, p[0]) for v, p in zip(vars, pairs, strict=True)]
+            pairs = _each(lambda o, d, s, value: moved(o, d, s, value, vars.outer), opts, direction, state.opts, vars)
+            new = [v if p is None else p[0] for v, p in zip(vars, pairs, strict=True)]
             if steps > 1:  # what is not finite must not wait to be written into a table, where no guard could take it back
                 est = keep(all_finite(new), est, state.estimator)
             status = None if state.status is None else Status(jnp.stack([state.status.code, *codes]).max())
@@ -151,7 +147,7 @@ def descend(
         carry, _ = lax.scan(body, (vars, state), jnp.arange(steps, dtype=jnp.int32))
         return carry
 
-    calls = oracle.calls(moved)
+    calls = oracle.calls(moves)
     cost = Cost(
         draw=Calls(*(steps * estimator.draw_calls * c for c in calls)),
         full=Calls(*(steps * estimator.full_calls * c for c in calls)),
@@ -159,16 +155,26 @@ def descend(
     return Stage(init, update, width * (steps if fresh else 1), cost, lazy=True)
 
 
-def sweep(*stages: Stage) -> Solver:
+def zeros(z: PyTree) -> PyTree:
+    """Zeros like z: where v starts."""
+    return jax.tree.map(jnp.zeros_like, z)
+
+
+def same(z: PyTree) -> PyTree:
+    """z itself: where a second inner iterate starts."""
+    return z
+
+
+def sweep(*stages: Stage, aux: Callable[[PyTree], PyTree] = zeros) -> Solver:
     """Apply stages in order, each at the variables that the last one left (Gauss-Seidel): `optax.chain` for iterates.
 
     Args:
         *stages: at least one.
+        aux: where ``vars.aux`` starts if it is not given: a function of ``vars.inner``, `zeros` or `same` or your own.
 
     Returns:
-        A solver.  ``init(vars, batches)`` checks the variables, fills ``vars.aux`` with zeros like ``vars.inner`` where it is
-        None, and copies every leaf, so that the state may be donated; ``update(state, batches)`` is one sweep, of
-        ``draws`` draws.
+        A solver.  ``init(vars, batches)`` checks the variables, fills ``vars.aux`` where it is None, and copies every leaf, so
+        that the state may be donated; ``update(state, batches)`` is one sweep, of ``draws`` draws.
 
     Raises:
         ValueError: without stages; (in ``init`` and ``update``, before compilation) for variables that are not
@@ -198,7 +204,7 @@ def sweep(*stages: Stage) -> Solver:
         for name in ("inner", "outer"):
             checks.floating(f"vars.{name}", getattr(vars, name))
         if vars.aux is None:
-            vars = vars._replace(aux=jax.tree.map(jnp.zeros_like, vars.inner))
+            vars = vars._replace(aux=aux(vars.inner))
         else:
             checks.floating("vars.aux", vars.aux)
         vars = jax.tree.map(jnp.asarray, vars)

@@ -88,7 +88,7 @@ class Calls(NamedTuple):
     """Oracle calls: the unit of cost, and the x-axis of figures.  Each entry (a float, or an array where they are counted as
     they go) counts calls on one batch."""
 
-    inner_gradient: Any = 0.0  # d_z g (or d_x g)
+    inner_gradient: Any = 0.0  # d_z g, d_x g, or both at one point
     hessian_vector: Any = 0.0  # d2_zz g v
     cross: Any = 0.0  # d2_xz g v
     outer_gradient: Any = 0.0  # the pair (d_z f, d_x f)

@@ -2,10 +2,11 @@
 
 from bilevel_jax.solvers.accelerated import accbio, accbio_bg
 from bilevel_jax.solvers.double_loop import aid_bio, amigo, ba, bsa, hoag, stocbio, ttsa
+from bilevel_jax.solvers.first_order import bome, bvfim, bvfsm, f2ba, f2sa, f2sa_p, fdehbo, hjfbio, meha, pbgd
 from bilevel_jax.solvers.recursive import mrbo, stable, sustain, vrbo
-from bilevel_jax.solvers.single_loop import fsla, ma_soba, saba, soba, spaba, srba, storm_soba
+from bilevel_jax.solvers.single_loop import fsla, ma_soba, saba, sl_bamm, soba, spaba, srba, storm_soba
 from bilevel_jax.solvers.steps import default_opts
-from bilevel_jax.solvers.unrolled import fo_itd_bio, itd_bio, pzobo
+from bilevel_jax.solvers.unrolled import bda, fo_itd_bio, iaptt, itd_bio, pzobo
 
 __all__ = [
     "accbio",
@@ -13,16 +14,29 @@ __all__ = [
     "aid_bio",
     "amigo",
     "ba",
+    "bda",
+    "bome",
     "bsa",
+    "bvfim",
+    "bvfsm",
     "default_opts",
+    "f2ba",
+    "f2sa",
+    "f2sa_p",
+    "fdehbo",
     "fo_itd_bio",
     "fsla",
+    "hjfbio",
     "hoag",
+    "iaptt",
     "itd_bio",
     "ma_soba",
+    "meha",
     "mrbo",
+    "pbgd",
     "pzobo",
     "saba",
+    "sl_bamm",
     "soba",
     "spaba",
     "srba",

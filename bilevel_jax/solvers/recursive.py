@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
@@ -17,6 +16,7 @@ from bilevel_jax import checks
 from bilevel_jax.estimators import narrow, on_full, storm, total, widen
 from bilevel_jax.linear_solve import neumann, random_neumann
 from bilevel_jax.oracles import aid, aid_terms, losses
+from bilevel_jax.projections import moved, value_at
 from bilevel_jax.results import Status, Tally, keep, tally
 from bilevel_jax.samplers import take_draw, take_window
 from bilevel_jax.solvers.steps import two
@@ -52,6 +52,7 @@ def mrbo(
     Algorithm 1.
 
     Example:
+        >>> import optax
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> tuple(mrbo(problem, Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)), rate=0.1, terms=5).cost.draw)
         (2.0, 10.0, 2.0, 2.0)
@@ -79,6 +80,7 @@ def sustain(
     double-momentum", NeurIPS 2021, arXiv 2102.07367.
 
     Example:
+        >>> import optax
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> tuple(sustain(problem, Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)), rate=0.1, terms=5).cost.draw)
         (2.0, 4.0, 2.0, 2.0)
@@ -122,6 +124,7 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
     Algorithm 2.
 
     Example:
+        >>> import optax
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> tuple(vrbo(problem, Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)), rate=0.1, terms=5, inner_steps=4).cost.draw)
         (10.0, 50.0, 10.0, 10.0)
@@ -151,7 +154,7 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
         held, code = lax.cond(
             step % period == 0, lambda: at(z, x, lambda k: everything), lambda: (state.direction, state.status.code)
         )
-        new_x, outer = _apply(opts.outer, narrow(held.outer, x), state.opts.outer, x)
+        new_x, outer = moved(opts.outer, narrow(held.outer, x), state.opts.outer, x, x)
 
         def inner(carry: tuple, t: Array) -> tuple[tuple, None]:
             draws = take_window(batches, t * width, width)
@@ -159,8 +162,8 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
             new, new_code = at(z, new_x, lambda k: take_draw(draws, k))
             old, old_code = at(old_z, old_x, lambda k: take_draw(draws, k))
             held = jax.tree.map(lambda d, n, o: d + (n - o), held, new, old)
-            moved, opt = keep(t < inner_steps, _apply(opts.inner, narrow(held.inner, z), opt, z), (z, opt))
-            return (moved, z, new_x, held, opt, jnp.stack([code, new_code, old_code]).max()), None
+            next_z, opt = keep(t < inner_steps, moved(opts.inner, narrow(held.inner, z), opt, z, new_x), (z, opt))
+            return (next_z, z, new_x, held, opt, jnp.stack([code, new_code, old_code]).max()), None
 
         carry = (z, z, x, held, state.opts.inner, jnp.maximum(code, state.status.code))
         (z, _, _, held, opt, code), _ = lax.scan(inner, carry, jnp.arange(inner_steps + 1, dtype=jnp.int32))
@@ -204,6 +207,7 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
     2102.04671.  The paper also bounds the norm of J, which is left out.
 
     Example:
+        >>> import optax
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> stable(problem, Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)), strong_convexity=1.0).draws
         1
@@ -238,8 +242,7 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
     def update(state: StableState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, StableState]:
         z, _, x = vars
         draw = take_draw(batches, 0)
-        with jax.numpy_dtype_promotion("standard"):
-            weight = jnp.where(step == 0, 1.0, tau(step) if callable(tau) else tau)
+        weight = jnp.where(step == 0, 1.0, value_at(tau, step))
         rest = 1 - jnp.clip(weight, 0.0, 1.0)
         new, old = matrices(z, x, draw), matrices(state.old.inner, state.old.outer, draw)
         held = (state.hessian, state.cross)
@@ -253,9 +256,9 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
         wide = hessian.dtype
         (_, to_z), (flat_x, to_x) = flat(z, wide), flat(x, wide)
         v = -invert(flat(fz, wide)[0])
-        new_x, outer = _apply(opts.outer, jax.tree.map(jnp.add, fx, to_x(cross @ v)), state.opts.outer, x)
+        new_x, outer = moved(opts.outer, jax.tree.map(jnp.add, fx, to_x(cross @ v)), state.opts.outer, x, x)
         follow = to_z(invert((flat(new_x, wide)[0] - flat_x) @ cross))
-        new_z, inner = _apply(opts.inner, dz, state.opts.inner, z)
+        new_z, inner = moved(opts.inner, dz, state.opts.inner, z, x)
         new_z = jax.tree.map(jnp.subtract, new_z, follow)
         calls = Calls(0, 2 * hessian.shape[0], 2 * hessian.shape[0], 0)
         spent = Tally(jax.tree.map(lambda t, c: t + jnp.int32(c), state.tally.calls, calls), counted)
@@ -264,9 +267,3 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
         )
 
     return sweep(Stage(init, update, 1, Cost(draw=counted._replace(inner_gradient=1.0, outer_gradient=1.0)), lazy=True))
-
-
-def _apply(opt: optax.GradientTransformation, direction: PyTree, state: PyTree, value: PyTree) -> tuple[PyTree, PyTree]:
-    with jax.numpy_dtype_promotion("standard"):
-        updates, state = opt.update(direction, state, value)
-        return optax.apply_updates(value, updates), state

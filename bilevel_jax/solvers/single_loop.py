@@ -11,7 +11,7 @@ import optax
 
 from bilevel_jax import checks
 from bilevel_jax.estimators import page, saga, sarah, storm
-from bilevel_jax.oracles import implicit
+from bilevel_jax.oracles import aggregated, implicit
 from bilevel_jax.solvers.steps import three
 from bilevel_jax.sweep import descend, sweep
 from bilevel_jax.types import Oracle, Problem, Schedule, Solver, Vars
@@ -216,3 +216,28 @@ def fsla(
         descend(directions, Vars(aux=opts.aux)),
         descend(directions, Vars(outer=opts.outer), estimator=storm(eta)),
     )
+
+
+def sl_bamm(problem: Problem, opts: Vars, *, weight: Schedule = lambda t: 0.1 * (t + 1.0) ** -0.25) -> Solver:
+    """sl-BAMM: SOBA on the inner loss ``(1 - mu_t) g + mu_t f``, which needs f, not g, strongly convex in z.
+
+    Args:
+        problem, opts: as for `soba`.
+        weight: mu_t in [0, 1], a number or a schedule; paper: falling like (t + 1)^-e, and all three steps with it.
+
+    Raises:
+        TypeError, ValueError: for a missing optimiser and a weight outside [0, 1].
+
+    Cost of an update: one inner gradient, one Hessian-vector product, one cross product and two outer gradient pairs, the
+    second for the products with the second derivatives of f.
+
+    Reference: Liu, Liu, Yao, Zeng, Zhang, "Averaged method of multipliers for bi-level optimization without lower-level strong
+    convexity", ICML 2023, arXiv 2302.03407.
+
+    Example:
+        >>> from bilevel_jax.solvers import default_opts
+        >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
+        >>> tuple(sl_bamm(problem, default_opts(sl_bamm, 0.1, 0.1, 0.1)).cost.draw)
+        (1.0, 1.0, 1.0, 2.0)
+    """
+    return sweep(descend(aggregated(problem, weight), three(opts)))

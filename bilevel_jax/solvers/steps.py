@@ -26,6 +26,19 @@ DECAYS = {
     "spaba": Decay(0, 0),
     "storm_soba": Decay(1 / 3, 1 / 3),
     "fsla": Decay(1 / 2, 1 / 2),
+    "sl_bamm": Decay(0, 0),
+    "meha": Decay(0, 0),
+    "f2sa": Decay(4 / 7, 4 / 7),
+    "f2ba": Decay(0, 0),
+    "f2sa_p": Decay(0, 0, aux=False),
+    "bome": Decay(0, 0),
+    "pbgd": Decay(0, 0),
+    "bvfim": Decay(0, 0),
+    "bvfsm": Decay(0, 0),
+    "hjfbio": Decay(0, 0),
+    "fdehbo": Decay(1 / 3, 1 / 3),
+    "iaptt": Decay(0, 0),
+    "bda": Decay(0, 0, aux=False),
     "aid_bio": Decay(0, 0, aux=False),
     "ba": Decay(0, 0, aux=False),
     "hoag": Decay(0, 0, aux=False),
@@ -51,11 +64,11 @@ def default_opts(solver: Callable[..., Solver], inner: float, aux: float | None 
 
     Args:
         solver: a constructor of `bilevel_jax.solvers` that takes ``opts``.
-        inner, aux, outer: step sizes of z, v and x at the first step; aux None for solvers that solve for v.
+        inner, aux, outer: step sizes of z, ``vars.aux`` and x at the first step; aux None for solvers that do not step it.
 
     Returns:
-        ``Vars`` of `optax.sgd` with steps ~ t^-e: e = 0 for SABA, SRBA, SPABA and the double-loop and unrolled solvers, but
-        1/2 for SOBA, MA-SOBA, FSLA, BSA and STABLE, 1/3 for STORM, MRBO and SUSTAIN, 2/5 (z) and 3/5 (x) for TTSA.
+        ``Vars`` of `optax.sgd` with steps ~ t^-e: e = 0 for most, but 1/2 for SOBA, MA-SOBA, FSLA, BSA and STABLE, 1/3 for
+        STORM, MRBO, SUSTAIN and FdeHBO, 2/5 (z) and 3/5 (x) for TTSA, 4/7 for F2SA.
 
     Raises:
         ValueError: for a function that is not one of those constructors, and step sizes that are missing or not wanted.
@@ -75,9 +88,9 @@ def default_opts(solver: Callable[..., Solver], inner: float, aux: float | None 
         if value is None:
             raise ValueError(f"{field}: got None, expected the step size of {variable}")
     if aux is None and decay.aux:
-        raise ValueError(f"aux: got None, expected a step size, because {name} moves v")
+        raise ValueError(f"aux: got None, expected a step size, because {name} moves vars.aux")
     if aux is not None and not decay.aux:
-        raise ValueError(f"aux: got {aux}, expected None, because {name} does not move v with an optimiser")
+        raise ValueError(f"aux: got {aux}, expected None, because {name} does not move vars.aux with an optimiser")
 
     def opt(rate: float, exponent: float) -> Any:
         return optax.sgd(rate if exponent == 0 else lambda t: rate * jnp.asarray(t + 1, jnp.float32) ** -exponent)

@@ -2,10 +2,11 @@
 
 from bilevel_jax import checks
 from bilevel_jax.hypergrad import gaussian
-from bilevel_jax.solvers.steps import two
+from bilevel_jax.oracles import aggregated
+from bilevel_jax.solvers.steps import three, two
 from bilevel_jax.stages import unroll
-from bilevel_jax.sweep import sweep
-from bilevel_jax.types import Problem, Solver, Vars
+from bilevel_jax.sweep import same, sweep
+from bilevel_jax.types import Problem, Schedule, Solver, Vars
 
 
 def itd_bio(
@@ -105,3 +106,81 @@ def pzobo(
     checks.positive_int("inner_steps", inner_steps)
     estimate = gaussian(directions, radius)
     return sweep(unroll(problem, two(opts), inner_steps, truncate=0, jacobian=estimate, fresh=fresh))
+
+
+def bda(
+    problem: Problem,
+    opts: Vars,
+    *,
+    inner_steps: int = 10,
+    weight: Schedule = lambda k: 0.5 / (k + 1.0),
+    fresh: bool = False,
+) -> Solver:
+    """BDA: D inner steps along ``(1 - mu_k) d_z g + mu_k d_z f``, always from one start; x along the derivative through them.
+
+    Where g has several minimisers in z, the aggregated steps lead to the one that f prefers; plain unrolling stays at the
+    component of its start that g does not see.
+
+    Args:
+        problem: inner and outer loss.
+        opts: optax transformations of z and x; aux None.
+        inner_steps: D.
+        weight: mu of inner step k = 0, 1, ..., a number in [0, 1] or a schedule that falls to 0; paper: ~ 1 / (k + 1).
+        fresh: whether every inner step takes a draw of its own; the paper's method is deterministic.
+
+    Returns:
+        A solver whose ``vars.aux`` holds the start of the path: z_0, unless it is given.
+
+    Raises:
+        TypeError, ValueError: for optimisers that are missing or not wanted, and numbers out of range.
+
+    Cost of an update: D inner gradients, D Hessian-vector and D cross products, D + 1 outer gradient pairs (and D products with
+    the second derivatives of f, which are not counted).
+
+    Reference: Liu, Mu, Yuan, Zeng, Zhang, "A generic first-order algorithmic framework for bi-level programming beyond
+    lower-level singleton", ICML 2020, arXiv 2006.04045.
+
+    Example:
+        >>> import optax
+        >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
+        >>> bda(problem, Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)), inner_steps=3).cost.draw.outer_gradient
+        4.0
+    """
+    from_start = unroll(
+        problem, two(opts), inner_steps, direction=aggregated(problem, weight), start=lambda vars: vars.aux, fresh=fresh
+    )
+    return sweep(from_start, aux=same)
+
+
+def iaptt(problem: Problem, opts: Vars, *, inner_steps: int = 10, pessimistic: bool = True, fresh: bool = False) -> Solver:
+    """IAPTT: D inner steps from a learned start z_0; x and z_0 along the derivative of f at the worst iterate of the path.
+
+    ``min over (x, z_0) of max_{1 <= k <= D} f(z_k(x, z_0), x)``: the start makes up for the local minima of a nonconvex g, and
+    the maximum keeps f honest at iterates that have not converged.
+
+    Args:
+        problem: inner and outer loss.
+        opts: optax transformations of z, z_0 (as aux) and x.
+        inner_steps: D.
+        pessimistic: False takes the last iterate instead: the learned start alone.
+        fresh: whether every inner step takes a draw of its own; the paper's method is deterministic.
+
+    Returns:
+        A solver whose ``vars.aux`` holds z_0, which starts at z unless it is given, and ``vars.inner`` the iterate chosen.
+
+    Raises:
+        TypeError, ValueError: for optimisers that are missing, and numbers out of range.
+
+    Cost of an update: D inner gradients, D Hessian-vector and D cross products, D + 1 outer gradient pairs (D of them values).
+
+    Reference: Liu, Liu, Zeng, Zhang, "Towards gradient-based bilevel optimization with non-convex followers and beyond",
+    NeurIPS 2021, arXiv 2110.00455.
+
+    Example:
+        >>> import optax
+        >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
+        >>> iaptt(problem, Vars(*map(optax.sgd, (0.1, 0.1, 0.1))), inner_steps=3).cost.draw.outer_gradient
+        4.0
+    """
+    path = unroll(problem, three(opts), inner_steps, start=lambda vars: vars.aux, pessimistic=pessimistic, fresh=fresh)
+    return sweep(path, aux=same)
