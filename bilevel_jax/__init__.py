@@ -6,11 +6,14 @@ from bilevel_jax import (
     hypergrad,
     implicit_diff,
     linear_solve,
+    moreau,
+    nonsmooth,
     oracles,
     projections,
     samplers,
     solvers,
     testing,
+    value_oracles,
 )
 from bilevel_jax.hypergrad import hypergradient
 from bilevel_jax.implicit_diff import implicit_fixed_point, implicit_root
@@ -47,6 +50,8 @@ __all__ = [
     "implicit_fixed_point",
     "implicit_root",
     "linear_solve",
+    "moreau",
+    "nonsmooth",
     "oracles",
     "per_sweep",
     "projections",
@@ -61,5 +66,6 @@ __all__ = [
     "sweep",
     "testing",
     "unroll",
+    "value_oracles",
     "worst",
 ]

@@ -71,9 +71,10 @@ def meha(
     Example:
         >>> from bilevel_jax import run, samplers, testing
         >>> q = testing.quadratic(jax.random.key(0))
-        >>> solver = meha(q.problem, Vars(*map(optax.sgd, (0.5, 0.5, 0.2))), gamma=1.0, c_low=20.0, p=0.2)
-        >>> _, history = run(solver, samplers.full(), q.start, q.data, jax.random.key(1), steps=2000, metrics=q.metrics)
-        >>> bool(history["gradient_norm"][-1] < 0.05 * history["gradient_norm"][0])
+        >>> solver = meha(q.problem, Vars(*map(optax.sgd, (0.5, 0.3, 0.2))), gamma=1.0, c_low=100.0, p=0.2)
+        >>> start = q.start._replace(aux=None)
+        >>> _, history = run(solver, samplers.full(), start, q.data, jax.random.key(1), steps=2000, metrics=q.metrics)
+        >>> bool(history["gradient_norm"][-1] < 0.1 * history["gradient_norm"][0])
         True
     """
     opts = three(opts)
@@ -185,7 +186,8 @@ def f2sa_p(problem: Problem, opts: Vars, *, multiplier: Schedule = 100.0, order:
         >>> from bilevel_jax import run, samplers, testing
         >>> q = testing.quadratic(jax.random.key(0))
         >>> solver = f2sa_p(q.problem, Vars(inner=optax.sgd(0.9), outer=optax.sgd(0.1)), inner_steps=20)
-        >>> _, history = run(solver, samplers.full(), q.start, q.data, jax.random.key(1), steps=200, metrics=q.metrics)
+        >>> start = q.start._replace(aux=None)
+        >>> _, history = run(solver, samplers.full(), start, q.data, jax.random.key(1), steps=200, metrics=q.metrics)
         >>> bool(history["gradient_norm"][-1] < 1e-2 * history["gradient_norm"][0])
         True
     """
