@@ -70,7 +70,7 @@ def penalty(problem: Problem, multiplier: Schedule) -> Oracle:
             return Terms(inner=Vars(inner=dz))
         checks.same_shapes("vars.aux", y, z, "vars.inner")
         lam = value_at(multiplier, step)
-        warn_digits("multiplier", lam, x)
+        warn_digits("multiplier", multiplier, x)
         dy, gx_y = jax.grad(g, argnums=(0, 1))(y, x, batch)
         fz, fx = outer_pair(f, y, x, batch)
         gap = scaled(lam, jax.tree.map(jnp.subtract, gx_y, gx_z))
@@ -138,9 +138,11 @@ def differences(problem: Problem, multiplier: Schedule, order: int = 2) -> Oracl
 
     def terms(vars: Vars, batch: Batch, step: Array) -> Terms:
         _, ys, x = vars
+        if batch.outer is None:
+            raise ValueError("batch.outer: got None, expected data of the outer loss, which enters every direction")
         checks.leading_axis("vars.aux", ys, len(nodes), "one iterate a node")
         lam = value_at(multiplier, step)
-        warn_digits("multiplier", lam, x)
+        warn_digits("multiplier", multiplier, x)
         dy, gx = jax.vmap(lambda y: jax.grad(g, argnums=(0, 1))(y, x, batch))(ys)
         fz, fx = jax.vmap(lambda y: jax.grad(f, argnums=(0, 1))(y, x, batch))(ys)
         fz = jax.tree.map(lambda leaf: leaf * _column(nodes, leaf), over(lam, fz))
@@ -372,7 +374,7 @@ def moreau(problem: Problem, multiplier: Schedule, *, gamma: float, nonsmooth: N
         if batch.outer is None:  # theta moves without f
             return Terms(inner=Vars(aux=dtheta))
         c = value_at(multiplier, step)
-        warn_digits("multiplier", c, x)
+        warn_digits("multiplier", multiplier, x)
         fz, fx = outer_pair(f, z, x, batch)
         return Terms(inner=Vars(dz, dtheta, dx), outer=Vars(over(c, fz), None, None if fx is None else over(c, fx)))
 
@@ -401,11 +403,13 @@ def digits_left(multiplier: float, dtype: Any) -> float:
     return float(-np.log10(float(jnp.finfo(dtype).eps) * multiplier))
 
 
-def warn_digits(name: str, multiplier: Any, x: PyTree) -> None:
+def warn_digits(name: str, multiplier: Schedule, x: PyTree) -> None:
     """Warn if a concrete multiplier of a difference leaves fewer than four digits, having cost three or more; or under one."""
-    if isinstance(multiplier, Tracer):
+    with jax.ensure_compile_time_eval():  # of a schedule, its start, also while the update is traced
+        start = value_at(multiplier, jnp.zeros((), jnp.int32))
+    if isinstance(start, Tracer):
         return
-    lam = float(multiplier)
+    lam = float(start)
     kinds = [leaf.dtype for leaf in jax.tree.leaves(x)]
     coarse = max(kinds, key=lambda kind: float(jnp.finfo(kind).eps))
     left = digits_left(lam, coarse)

@@ -126,6 +126,7 @@ def f2sa(
         >>> f2sa(problem, Vars(*map(optax.sgd, (0.1, 0.1, 0.1)))).cost.draw.inner_gradient
         22.0
     """
+    checks.positive_int("inner_steps", inner_steps)
     opts, move = three(opts), partial(descend, penalty(problem, multiplier))
     return sweep(move(opts._replace(outer=None), steps=inner_steps), move(Vars(outer=opts.outer)), aux=same)
 
@@ -152,6 +153,7 @@ def f2ba(problem: Problem, opts: Vars, *, multiplier: float = 100.0, inner_steps
         >>> f2ba(problem, Vars(*map(optax.sgd, (0.1, 0.1, 0.1)))).draws
         2
     """
+    checks.positive_int("inner_steps", inner_steps)
     opts, move = three(opts), partial(descend, penalty(problem, multiplier))
     return sweep(
         move(opts._replace(outer=None), steps=inner_steps, fresh=False, restart=True), move(Vars(outer=opts.outer)), aux=same
@@ -191,6 +193,7 @@ def f2sa_p(problem: Problem, opts: Vars, *, multiplier: Schedule = 100.0, order:
         >>> bool(history["gradient_norm"][-1] < 1e-2 * history["gradient_norm"][0])
         True
     """
+    checks.positive_int("inner_steps", inner_steps)
     opts, move = two(opts), partial(descend, differences(problem, multiplier, order))
     _, _, at_zero = stencil(order)
 
@@ -261,6 +264,7 @@ def pbgd(problem: Problem, opts: Vars, *, multiplier: Schedule = 10.0, inner_ste
 
 def _ahead(problem: Problem, opts: Vars, oracle: Any, inner_steps: int) -> Solver:
     """w starts at y, takes its steps on g, and stands for the inner solution while y and x move together."""
+    checks.positive_int("inner_steps", inner_steps)
     opts = three(opts)
     return sweep(
         assign(lambda vars: vars._replace(inner=vars.aux)),
@@ -339,6 +343,7 @@ def bvfsm(
 
 
 def _by_value(problem: Problem, opts: Vars, slope: Any, regularisation: Schedule, inner_steps: int) -> Solver:
+    checks.positive_int("inner_steps", inner_steps)
     opts, move = three(opts), partial(descend, value_function(problem, slope, regularisation))
     loop = partial(move, steps=inner_steps, fresh=False, restart=True)
     return sweep(

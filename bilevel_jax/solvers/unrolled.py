@@ -146,6 +146,7 @@ def bda(
         >>> bda(problem, Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)), inner_steps=3).cost.draw.outer_gradient
         4.0
     """
+    checks.positive_int("inner_steps", inner_steps)
     from_start = unroll(
         problem, two(opts), inner_steps, direction=aggregated(problem, weight), start=lambda vars: vars.aux, fresh=fresh
     )
@@ -182,5 +183,6 @@ def iaptt(problem: Problem, opts: Vars, *, inner_steps: int = 10, pessimistic: b
         >>> iaptt(problem, Vars(*map(optax.sgd, (0.1, 0.1, 0.1))), inner_steps=3).cost.draw.outer_gradient
         4.0
     """
+    checks.positive_int("inner_steps", inner_steps)
     path = unroll(problem, three(opts), inner_steps, start=lambda vars: vars.aux, pessimistic=pessimistic, fresh=fresh)
     return sweep(path, aux=same)
