@@ -33,6 +33,16 @@ def unit_interval(name: str, value: Any) -> None:
         raise ValueError(f"{name}: got {value}, expected a number in [0, 1]")
 
 
+def positive(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError if ``value`` is not a concrete finite number above 0; schedules and traced values pass."""
+    if callable(value) or isinstance(value, Tracer):
+        return
+    if np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.number):
+        raise TypeError(f"{name}: got {value!r}, expected a positive number")
+    if not 0 < float(value) < np.inf:
+        raise ValueError(f"{name}: got {value}, expected a positive number")
+
+
 def transformation(name: str, opt: Any) -> None:
     """Raise TypeError unless ``opt`` is an optax transformation."""
     if not (callable(getattr(opt, "init", None)) and callable(getattr(opt, "update", None))):

@@ -70,9 +70,8 @@ def envelope(
         (2.0, 1.0, 1.0)
     """
     g, _ = losses(problem)
-    for name, number in (("gamma", gamma), ("rate", rate)):
-        if not number > 0:
-            raise ValueError(f"{name}: got {number}, expected a positive number")
+    checks.positive("gamma", gamma)
+    checks.positive("rate", rate)
     max_steps, term = checks.positive_int("max_steps", max_steps), nonsmooth or zero()
     land = projection or (lambda point: point)
     size = norm(z)

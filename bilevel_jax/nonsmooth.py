@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from bilevel_jax import checks
 from bilevel_jax.types import Array, PyTree
 
 #: A number, an array that broadcasts against its z, or a function of x to one of these.
@@ -30,7 +31,7 @@ class Nonsmooth(NamedTuple):
 
 def zero() -> Nonsmooth:
     """r = 0: its proximal operator is the identity."""
-    return Nonsmooth(lambda z, x: jnp.zeros((), jnp.result_type(*jax.tree.leaves(z))), lambda point, step, x: point)
+    return Nonsmooth(lambda z, x: _nothing(z), lambda point, step, x: point)
 
 
 def l1(weights: Weights = 1.0) -> Nonsmooth:
@@ -47,7 +48,8 @@ def l1(weights: Weights = 1.0) -> Nonsmooth:
     """
 
     def value(z: PyTree, x: PyTree) -> Array:
-        return sum(((_at(weights, x, leaf) * jnp.abs(leaf)).sum() for leaf in jax.tree.leaves(z)), start=_nothing(z))
+        none = _nothing(z)
+        return sum(((_at(weights, x, leaf) * jnp.abs(leaf)).sum().astype(none.dtype) for leaf in jax.tree.leaves(z)), none)
 
     def prox(point: PyTree, step: Array | float, x: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: soft(leaf, _at(step, None, leaf) * _at(weights, x, leaf)), point)
@@ -155,11 +157,11 @@ def ball(radius: float) -> Callable[[PyTree], PyTree]:
         >>> ball(1.0)(jnp.array([3.0, 4.0])).tolist()
         [0.6000000238418579, 0.800000011920929]
     """
-    _positive("radius", radius)
+    checks.positive("radius", radius)
 
     def projection(point: PyTree) -> PyTree:
         flat, back = ravel_pytree(point)
-        norm = jnp.sqrt(flat @ flat)
+        norm = _root(flat @ flat)
         scale = jnp.where(norm > radius, jnp.asarray(radius, flat.dtype) / jnp.where(norm > 0, norm, 1), 1)
         return jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), back(flat))
 
@@ -184,7 +186,7 @@ def simplex(total: float = 1.0) -> Callable[[PyTree], PyTree]:
         >>> simplex()(jnp.array([1.0, 0.5, -1.0])).tolist()
         [0.75, 0.25, 0.0]
     """
-    _positive("total", total)
+    checks.positive("total", total)
 
     def projection(point: PyTree) -> PyTree:
         flat, back = ravel_pytree(point)
@@ -202,12 +204,8 @@ def _at(weights: Any, x: PyTree, like: Array) -> Array:
 
 
 def _nothing(z: PyTree) -> Array:
-    return jnp.zeros((), jnp.result_type(*jax.tree.leaves(z)))
-
-
-def _positive(name: str, value: Any) -> None:
-    if not value > 0:
-        raise ValueError(f"{name}: got {value}, expected a positive number")
+    """0 in the widest dtype of the leaves."""
+    return jnp.zeros((), max((leaf.dtype for leaf in jax.tree.leaves(z)), key=lambda kind: jnp.finfo(kind).bits))
 
 
 def _groups(groups: Any) -> tuple[np.ndarray, int]:
@@ -223,4 +221,10 @@ def _groups(groups: Any) -> tuple[np.ndarray, int]:
 def _norms(z: Array, of: np.ndarray, count: int) -> Array:
     if np.shape(z) != of.shape:
         raise ValueError(f"z: got the shape {np.shape(z)}, expected {of.shape}, one coordinate for each entry of groups")
-    return jnp.sqrt(jax.ops.segment_sum(z * z, of, count))
+    return _root(jax.ops.segment_sum(z * z, of, count))
+
+
+def _root(squares: Array) -> Array:
+    """The square root, with the derivative 0 at 0: a point at the origin stays there under a prox or a projection."""
+    above = squares > 0
+    return jnp.where(above, jnp.sqrt(jnp.where(above, squares, 1)), 0)

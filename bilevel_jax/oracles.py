@@ -97,7 +97,7 @@ def implicit(problem: Problem, *, mode: str = "reverse") -> Oracle:
             return jax.grad(g, argnums=(0, 1))(z, x, batch)
 
         if v is None or batch.outer is None:
-            return Terms(inner=Vars(inner=gradients(z, x)[0]))
+            return Terms(inner=Vars(inner=jax.grad(g)(z, x, batch)))
         checks.same_shapes("vars.aux", v, z, "vars.inner")
         if mode == "reverse":
             dz, pullback = jax.vjp(lambda z, x: gradients(z, x)[0], z, x)
@@ -148,8 +148,8 @@ def finite_difference(problem: Problem, *, scale: float | None = None) -> Oracle
         3.0
     """
     g, f = losses(problem)
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale: got {scale}, expected a positive number")
+    if scale is not None:
+        checks.positive("scale", scale)
 
     def terms(vars: Vars, batch: Batch, step: Array) -> Terms:
         del step

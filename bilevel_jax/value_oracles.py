@@ -61,7 +61,7 @@ def penalty(problem: Problem, multiplier: Schedule) -> Oracle:
         0.9091
     """
     g, f = losses(problem)
-    _positive("multiplier", multiplier)
+    checks.positive("multiplier", multiplier)
 
     def terms(vars: Vars, batch: Batch, step: Array) -> Terms:
         z, y, x = vars
@@ -130,7 +130,7 @@ def differences(problem: Problem, multiplier: Schedule, order: int = 2) -> Oracl
         1.0101
     """
     g, f = losses(problem)
-    _positive("multiplier", multiplier)
+    checks.positive("multiplier", multiplier)
     order = checks.positive_int("order", order)
     if order != 1 and order % 2:
         raise ValueError(f"order: got {order}, expected 1 or an even number")
@@ -188,7 +188,7 @@ def barrier(problem: Problem, *, eta: float = 0.5, control: str = "gradient") ->
         ([0.0], [2.0])
     """
     g, f = losses(problem)
-    _positive("eta", eta)
+    checks.positive("eta", eta)
     if control not in ("gradient", "value"):
         raise ValueError(f"control: got {control!r}, expected 'gradient' or 'value'")
 
@@ -292,8 +292,8 @@ def interior(strength: Schedule, slack: Schedule) -> Slope:
         >>> float(interior(1.0, 2.0)(jnp.float32(0.0), jnp.int32(0))), float(interior(1.0, 2.0)(jnp.float32(5.0), jnp.int32(0)))
         (0.5, 5.0)
     """
-    _positive("strength", strength)
-    _positive("slack", slack)
+    checks.positive("strength", strength)
+    checks.positive("slack", slack)
 
     def slope(gap: Array, step: Array) -> Array:
         sigma = value_at(slack, step)
@@ -315,7 +315,7 @@ def quadratic(width: Schedule) -> Slope:
         >>> float(quadratic(0.5)(jnp.float32(2.0), jnp.int32(0))), float(quadratic(0.5)(jnp.float32(-2.0), jnp.int32(0)))
         (4.0, 0.0)
     """
-    _positive("width", width)
+    checks.positive("width", width)
     return lambda gap, step: jnp.maximum(gap, 0) / value_at(width, step)
 
 
@@ -355,8 +355,8 @@ def moreau(problem: Problem, multiplier: Schedule, *, gamma: float, nonsmooth: N
         (0.0, 0.0, 0.1)
     """
     g, f = losses(problem)
-    _positive("multiplier", multiplier)
-    _positive("gamma", gamma)
+    checks.positive("multiplier", multiplier)
+    checks.positive("gamma", gamma)
     if nonsmooth is not None and not isinstance(nonsmooth, Nonsmooth):
         raise TypeError(f"nonsmooth: got {type(nonsmooth).__name__}, expected a term of bilevel_jax.nonsmooth")
 
@@ -419,15 +419,6 @@ def warn_digits(name: str, multiplier: Schedule, x: PyTree) -> None:
             f"in {jnp.dtype(coarse).name}: take a smaller one, or compute in float64",
             stacklevel=2,
         )
-
-
-def _positive(name: str, value: Any) -> None:
-    if callable(value) or isinstance(value, Tracer):
-        return
-    if np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.number):
-        raise TypeError(f"{name}: got {value!r}, expected a positive number or a schedule")
-    if not 0 < float(value) < np.inf:
-        raise ValueError(f"{name}: got {value}, expected a positive number")
 
 
 def _wanted(batch: Batch, y: PyTree, z: PyTree) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from bilevel_jax import checks
 from bilevel_jax.estimators import storm
@@ -79,11 +80,10 @@ def meha(
     """
     opts = three(opts)
     for name, value in (("gamma", gamma), ("c_low", c_low), *((("rho", rho),) if rho is not None else ())):
-        if not value > 0:
-            raise ValueError(f"{name}: got {value}, expected a positive number")
-    if not 0 <= p < 0.5:
+        checks.positive(name, value)
+    if not isinstance(p, Tracer) and not 0 <= p < 0.5:
         raise ValueError(f"p: got {p}, expected a number in [0, 1/2)")
-    if rho is not None and gamma > 1 / (2 * rho):
+    if rho is not None and not isinstance(gamma * rho, Tracer) and 2 * gamma * rho > 1:
         raise ValueError(f"gamma: got {gamma}, expected at most 1 / (2 rho) = {1 / (2 * rho):g}, so that theta is unique")
     for name in ("inner", "aux"):
         if term_of(getattr(opts, name)) is not nonsmooth:
