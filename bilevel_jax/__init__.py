@@ -12,6 +12,7 @@ from bilevel_jax import (
     projections,
     samplers,
     solvers,
+    tasks,
     testing,
     value_oracles,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "spent",
     "stream",
     "sweep",
+    "tasks",
     "testing",
     "unroll",
     "value_oracles",

@@ -179,6 +179,75 @@ def full() -> Sampler:
     return Sampler(plan, gather, lambda data: data)
 
 
+def episodes(tasks: int, *, ways: int, shots: int, queries: int) -> Sampler:
+    """Few-shot classification tasks: every draw is ``tasks`` episodes of ``ways`` classes, drawn on the device from its key.
+
+    An episode draws its classes without replacement, and of each of them ``shots`` support and ``queries`` query samples, all
+    different; its labels are 0 ... ways - 1 in the order of the draw.
+
+    Args:
+        tasks: episodes of a draw.
+        ways, shots, queries: classes, and samples of each, of an episode.
+
+    Returns:
+        A sampler of data ``Levels(inner=samples)``, ``[classes, samples of each, ...]``.  A batch holds as ``inner`` the support,
+        samples ``[tasks, ways * shots, ...]`` and int32 labels ``[tasks, ways * shots]``, and as ``outer`` the same of the queries.
+
+    Raises:
+        TypeError, ValueError: for numbers that are not positive ints, and for more ways than classes or more shots and queries
+            than samples of a class.
+
+    Example:
+        >>> data = Levels(inner=jnp.zeros((10, 20, 3)))
+        >>> batch = episodes(4, ways=5, shots=1, queries=15).batches(data, jax.random.key(0), 0, draws=1)
+        >>> batch.inner[0].shape, batch.outer[1].shape
+        ((1, 4, 5, 3), (1, 4, 75))
+    """
+    for name, value in (("tasks", tasks), ("ways", ways), ("shots", shots), ("queries", queries)):
+        checks.positive_int(name, value)
+
+    def counts(data: Levels) -> tuple[int, int]:
+        if not isinstance(data, Levels) or jnp.ndim(data.inner) < 2:
+            raise TypeError("data.inner: got no array [classes, samples, ...], expected Levels(inner=samples)")
+        classes, each = data.inner.shape[:2]
+        if ways > classes:
+            raise ValueError(f"ways: got {ways}, expected at most {classes}, the classes of data.inner")
+        if shots + queries > each:
+            raise ValueError(
+                f"shots: got {shots}, and {queries} queries, expected at most {each} together, the samples of a class"
+            )
+        return classes, each
+
+    def plan(data: Levels, key: Array, start: Array | int, count: int) -> Plan:
+        counts(data)
+        zeros = jnp.zeros(count, jnp.int32)
+        return Plan(Levels(zeros, zeros), _keys(_threefry(key), start, count))
+
+    def gather(data: Levels, plan: Plan) -> Batch:
+        classes, each = counts(data)
+
+        def episode(key: Array) -> tuple[Any, Any]:
+            first, second = jax.random.split(key)
+            chosen = _distinct(first, classes, ways)
+            items = jax.vmap(lambda k: _distinct(k, each, shots + queries))(jax.random.split(second, ways))
+            samples = data.inner[chosen[:, None], items]
+            parts = samples[:, :shots], samples[:, shots:]
+            labels = (jnp.repeat(jnp.arange(ways, dtype=jnp.int32), count) for count in (shots, queries))
+            flat = (part.reshape(-1, *part.shape[2:]) for part in parts)
+            support, query = zip(flat, labels, strict=True)
+            return support, query
+
+        support, query = jax.vmap(episode)(jax.random.split(_own(plan.key), tasks))
+        return Batch(inner=support, outer=query, key=plan.key)
+
+    return Sampler(plan, gather, lambda data: data)
+
+
+def _distinct(key: Array, count: int, size: int) -> Array:
+    """Distinct numbers below ``count``: the places of the largest of as many random ones."""
+    return lax.top_k(jax.random.uniform(key, (count,), jnp.float32), size)[1]
+
+
 def from_stream(batches: Iterable[Batch], draws: int) -> Iterator[Batch]:
     """Stack every ``draws`` consecutive batches of an external loader, as a solver wants them.
 

@@ -165,12 +165,13 @@ def same(z: PyTree) -> PyTree:
     return z
 
 
-def sweep(*stages: Stage, aux: Callable[[PyTree], PyTree] = zeros) -> Solver:
+def sweep(*stages: Stage, aux: Callable[[PyTree], PyTree] = zeros, inner: Callable[[PyTree], PyTree] | None = None) -> Solver:
     """Apply stages in order, each at the variables that the last one left (Gauss-Seidel): `optax.chain` for iterates.
 
     Args:
         *stages: at least one.
         aux: where ``vars.aux`` starts if it is not given: a function of ``vars.inner``, `zeros` or `same` or your own.
+        inner: where ``vars.inner`` starts if it is not given: a function of ``vars.outer``.  By default it must be given.
 
     Returns:
         A solver.  ``init(vars, batches)`` checks the variables, fills ``vars.aux`` where it is None, and copies every leaf, so
@@ -201,6 +202,9 @@ def sweep(*stages: Stage, aux: Callable[[PyTree], PyTree] = zeros) -> Solver:
     def init(vars: Vars, batches: Batch) -> BilevelState:
         if not isinstance(vars, Vars):
             raise TypeError(f"vars: got {type(vars).__name__}, expected Vars(inner=..., aux=..., outer=...)")
+        if vars.inner is None and inner is not None:
+            checks.floating("vars.outer", vars.outer)
+            vars = vars._replace(inner=inner(vars.outer))
         for name in ("inner", "outer"):
             checks.floating(f"vars.{name}", getattr(vars, name))
         if vars.aux is None:

@@ -3,6 +3,7 @@
 from bilevel_jax.solvers.accelerated import accbio, accbio_bg
 from bilevel_jax.solvers.double_loop import aid_bio, amigo, ba, bsa, hoag, stocbio, ttsa
 from bilevel_jax.solvers.first_order import bome, bvfim, bvfsm, f2ba, f2sa, f2sa_p, fdehbo, hjfbio, meha, pbgd
+from bilevel_jax.solvers.meta import anil, fomaml, imaml, maml, reptile
 from bilevel_jax.solvers.recursive import mrbo, stable, sustain, vrbo
 from bilevel_jax.solvers.single_loop import fsla, ma_soba, saba, sl_bamm, soba, spaba, srba, storm_soba
 from bilevel_jax.solvers.steps import default_opts
@@ -13,6 +14,7 @@ __all__ = [
     "accbio_bg",
     "aid_bio",
     "amigo",
+    "anil",
     "ba",
     "bda",
     "bome",
@@ -25,16 +27,20 @@ __all__ = [
     "f2sa_p",
     "fdehbo",
     "fo_itd_bio",
+    "fomaml",
     "fsla",
     "hjfbio",
     "hoag",
     "iaptt",
+    "imaml",
     "itd_bio",
     "ma_soba",
+    "maml",
     "meha",
     "mrbo",
     "pbgd",
     "pzobo",
+    "reptile",
     "saba",
     "sl_bamm",
     "soba",
