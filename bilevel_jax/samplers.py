@@ -190,8 +190,9 @@ def episodes(tasks: int, *, ways: int, shots: int, queries: int) -> Sampler:
         ways, shots, queries: classes, and samples of each, of an episode.
 
     Returns:
-        A sampler of data ``Levels(inner=samples)``, ``[classes, samples of each, ...]``.  A batch holds as ``inner`` the support,
-        samples ``[tasks, ways * shots, ...]`` and int32 labels ``[tasks, ways * shots]``, and as ``outer`` the same of the queries.
+        A sampler of data ``Levels(inner=samples)``, ``[classes, samples of each, ...]``.  A batch holds as ``inner`` the
+        support, samples ``[tasks, ways * shots, ...]`` and int32 labels ``[tasks, ways * shots]``, and as ``outer`` the same of
+        the queries.
 
     Raises:
         TypeError, ValueError: for numbers that are not positive ints, and for more ways than classes or more shots and queries
