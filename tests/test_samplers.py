@@ -201,3 +201,63 @@ def test_from_stream_stacks_groups_in_order():
     assert groups[1].key is not None
     check_same(groups[1].key[2], jax.random.key(5))
     assert list(samplers.from_stream([], draws=2)) == []
+
+
+# ---- episodes ---------------------------------------------------------------------------------------------------------
+
+EPISODES = samplers.episodes(5, ways=3, shots=2, queries=3)
+
+
+@cache
+def episodes_of(start, count, seed=0):
+    """Of samples that say what they are: sample j of class i is 10 i + j."""
+    data = Levels(inner=10.0 * jnp.arange(6.0)[:, None] + jnp.arange(7.0)[None])
+    return jax.jit(lambda: EPISODES.batches(data, jax.random.key(seed), start, count))()
+
+
+def test_an_episode_holds_different_samples_of_different_classes():
+    batch = episodes_of(0, 4)
+    (support, labels), (query, query_labels) = batch.inner, batch.outer
+    assert support.shape == labels.shape == (4, 5, 6)
+    assert query.shape == query_labels.shape == (4, 5, 9)
+    for a, la, b, lb in zip(*(np.asarray(leaf).reshape(20, -1) for leaf in (*batch.inner, *batch.outer)), strict=True):
+        samples, found = np.concatenate([a, b]), np.concatenate([la, lb])
+        assert len(set(samples)) == 15
+        classes = [set(samples[found == label] // 10) for label in range(3)]
+        assert [len(one) for one in classes] == [1, 1, 1]
+        assert len(set.union(*classes)) == 3
+        np.testing.assert_array_equal(np.bincount(la), [2, 2, 2])
+        np.testing.assert_array_equal(np.bincount(lb), [3, 3, 3])
+
+
+def test_episodes_are_a_function_of_the_key_and_the_number():
+    """So a run may be cut anywhere; other keys and other draws give other episodes."""
+    long, short = (episodes_of(*stretch)._replace(full=None) for stretch in ((0, 4), (2, 2)))
+    check_same(jax.tree.map(lambda leaf: leaf[2:], long), short)
+    assert (np.asarray(episodes_of(0, 4).inner[0][0]) != np.asarray(episodes_of(0, 4).inner[0][1])).any()
+    assert (np.asarray(episodes_of(0, 4).inner[0]) != np.asarray(episodes_of(0, 4, seed=1).inner[0])).any()
+
+
+def test_episodes_visit_everything_alike():
+    """Each of the 6 classes in half of the 500 episodes, each sample alike as support; a chi-squared test of fixed keys."""
+    support = np.asarray(episodes_of(0, 100).inner[0]).ravel().astype(int)
+    counts = np.array([[(support == 10 * i + j).sum() for j in range(7)] for i in range(6)])
+    assert counts.sum() == 3000
+    expected = 3000 / 42
+    assert ((counts - expected) ** 2 / expected).sum() < chi2.ppf(0.999, 41)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "data", "message"),
+    [
+        ({"ways": 7}, Levels(inner=np.zeros((6, 7))), "ways: got 7, expected at most 6, the classes"),
+        ({"shots": 5}, Levels(inner=np.zeros((6, 7))), "shots: got 5, and 3 queries, expected at most 7 together"),
+        ({}, Levels(inner=np.zeros(6)), r"data.inner: got no array \[classes, samples, ...\]"),
+        ({"queries": 0}, Levels(inner=np.zeros((6, 7))), "queries: got 0, expected at least 1"),
+        ({"tasks": 1.5}, Levels(inner=np.zeros((6, 7))), "tasks: got 1.5"),
+    ],
+)
+def test_episodes_refuse(numbers, data, message):
+    numbers = {"tasks": 2, "ways": 3, "shots": 2, "queries": 3} | numbers
+    with pytest.raises((TypeError, ValueError), match=message):
+        samplers.episodes(**numbers).batches(data, jax.random.key(0), 0, 1)
