@@ -141,11 +141,11 @@ def measure(case: Case, others: Others, only: Sequence[str], repeats: int) -> tu
 
 
 @contextmanager
-def torch_variants(python: str, case: Case) -> Iterator[Others]:
+def torch_variants(python: str, case: Case, worker_file: str = torch_worker.__file__) -> Iterator[Others]:
     """The variants of `torch_worker`, whose process answers while the block lasts."""
     with tempfile.TemporaryDirectory() as folder:
         np.savez(f"{folder}/case.npz", allow_pickle=False, **case.arrays)
-        command = [python, "-W", "ignore", torch_worker.__file__, f"{folder}/case.npz"]
+        command = [python, "-W", "ignore", worker_file, f"{folder}/case.npz"]
         env = {"OMP_WAIT_POLICY": "passive"} | os.environ  # on a busy machine threads that wait actively take 10 times as long
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as worker:
             why, versions = _answer(worker)

@@ -10,7 +10,7 @@ import ctypes
 import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,10 +21,10 @@ import numpy as np
 TOLERANCE, MOST = 1e-6, 1000
 
 
-def main(path: str) -> None:
-    """Answer until the input ends."""
+def main(path: str, makers: Mapping[str, Callable] | None = None) -> None:
+    """Answer until the input ends.  ``makers`` are variants by name, those of the kind of the case by default."""
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
-    found, why = variants(path)
+    found, why = variants(path, makers)
     print(json.dumps([why, versions()]), file=answers, flush=True)
     for line in sys.stdin:
         name, out = json.loads(line)
@@ -42,17 +42,20 @@ def main(path: str) -> None:
 def versions() -> dict[str, str]:
     """Of the libraries that are there."""
     there = {}
-    for name in ("torch", "torchopt", "higher"):
+    for name in ("torch", "torchopt", "higher", "learn2learn"):
         with contextlib.suppress(PackageNotFoundError):
             there[name] = version(name)
     return there
 
 
-def variants(path: str) -> tuple[dict[str, Callable[[], Any]], dict[str, str | None]]:
+def variants(
+    path: str, makers: Mapping[str, Callable] | None = None
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str | None]]:
     """Those that run here, by name, and for each name None or why it does not."""
     with np.load(path) as loaded:
         arrays = dict(loaded)
-    makers = {"implicit": IMPLICIT, "unrolled": UNROLLED}[str(arrays.pop("kind"))]
+    kind = str(arrays.pop("kind"))
+    makers = {"implicit": IMPLICIT, "unrolled": UNROLLED}[kind] if makers is None else makers
     found: dict[str, Callable[[], Any]] = {}
     why: dict[str, str | None] = {}
     for name, make in makers.items():
