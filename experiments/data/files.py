@@ -10,6 +10,7 @@ import pooch
 
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+OMNIGLOT = "https://github.com/brendenlake/omniglot/raw/master/python/"
 LIBSVM = "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary/"
 
 
@@ -56,6 +57,14 @@ FILES: dict[str, Source] = {
         "8f1b2514ca22a5ade8fbb9cfa5727df95fa587f4c87b786e15c759fa66d95610",  # that of scikit-learn, which fetches the same file
         ("https://ndownloader.figshare.com/files/5975967",), "none stated",
         (("newsgroups20/20news-bydate.rebuilt.tar.gz", "1ba9b25e6c182f952d5a79bc67f670f542896743048d394f2a628bbcb735a918"),),
+    ),
+    "omniglot/images_background.zip": Source(  # out of reach: the reader counts the drawings; the copy has the same PNGs
+        None, (OMNIGLOT + "images_background.zip",), "MIT",
+        (("omniglot/images_background.rezipped.zip", "77234adfe2ea693d1d4daf50f735f3cbba2d52964a59de90fd88523301441753"),),
+    ),
+    "omniglot/images_evaluation.zip": Source(
+        None, (OMNIGLOT + "images_evaluation.zip",), "MIT",
+        (("omniglot/images_evaluation.rezipped.zip", "28bf75f0c948ef745eed99853c0983ff9d4e7e5943770f33d5603c650dda1e77"),),
     ),
     "covtype/covtype_92k.npz": Source(
         "dd8bb21415036dc51ba8d8a606251350eb218c6930bd8208039f165fb1c9446c", (), "CC BY 4.0",
