@@ -278,7 +278,7 @@ LINES = {"meha": ("-", "meha, inner solution at its x"), "meha, own z": ("--", "
 def draw(config: Config, history: pd.DataFrame) -> None:
     """Validation and test error against seconds and gradient calls, one row of panels a size: means over the seeds."""
     sizes = config.features
-    figure, axes = plt.subplots(len(sizes), 4, figsize=(14, 3.1 * len(sizes)), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(sizes), 4, figsize=(13, 2.9 * len(sizes)), squeeze=False, layout="constrained")
     for line, size in zip(axes, sizes, strict=True):
         panels = [(work, metric) for work in ("seconds", "gradient_calls") for metric in ("validation_error", "test_error")]
         for axis, (work, metric) in zip(line, panels, strict=True):
@@ -287,7 +287,10 @@ def draw(config: Config, history: pd.DataFrame) -> None:
                 style, label = LINES.get(name, ("-", name))
                 part = means.loc[name]
                 axis.plot(part[work], part[metric], style, color=COLORS[name], label=label, linewidth=1.6)
-            axis.set(xscale="log", xlabel=work.replace("_", " "), ylabel=metric.replace("_", " "), title=f"{size} features")
+            axis.set(xscale="log", xlabel=work.replace("_", " "), yscale="log", ylabel=metric.replace("_", " "))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
+            axis.set_title(f"{size} features")
             axis.title.set_fontsize(9)
             axis.grid(visible=True, which="major", alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
@@ -298,7 +301,7 @@ def draw(config: Config, history: pd.DataFrame) -> None:
         f"{title}; best so far by validation error (meha: the current x), mean of {config.seeds} seeds", fontsize=10
     )
     for ending in ("png", "pdf"):
-        figure.savefig(config.out / f"figure.{ending}", dpi=150)
+        figure.savefig(config.out / f"figure.{ending}", dpi=110)
     plt.close(figure)
 
 
