@@ -159,11 +159,12 @@ def searched(name: Name, run: Programs, split: Split, config: Config, top: Array
     z = jnp.zeros(split.train[0].shape[1])
     compiled = run.solve(split.train, top, z, bound, tolerance), run.slope(split, z, top)
     jax.block_until_ready(compiled)
+    least, count = np.asarray(top), config.evaluations
     proposals = {
-        "grid": lambda: search.grid(top, config.evaluations, config.sparse),
-        "random": lambda: search.at_random(top, config.evaluations, seed),
-        "tpe": lambda: search.tpe(top, config.evaluations, seed),
-        "implicit": lambda: search.descent(config.fraction * top, config.evaluations, config.rate, partial(run.slope, split)),
+        "grid": lambda: search.grid(least, count, config.sparse),
+        "random": lambda: search.at_random(least, count, seed),
+        "tpe": lambda: search.tpe(least, count, seed),
+        "implicit": lambda: search.descent(config.fraction * least, count, config.rate, partial(run.slope, split)),
     }[name]()
     rows, calls, best, test = [], 0, math.inf, math.inf
     found, seconds = timed(next, proposals)
@@ -182,7 +183,7 @@ def searched(name: Name, run: Programs, split: Split, config: Config, top: Array
     return rows
 
 
-def step(proposals: search.Search, told: tuple[float, Array]) -> tuple[Array, int] | None:
+def step(proposals: search.Search, told: tuple[float, Array]) -> tuple[np.ndarray, int] | None:
     """The next proposal, None after the last."""
     try:
         return proposals.send(told)

@@ -125,7 +125,7 @@ def answers(proposals, value, solution=lambda x: None):
 
 
 def test_grid():
-    top = jnp.asarray([2.0, 2.0, 3.0])
+    top = np.array([2.0, 2.0, 3.0])
     points = answers(search.grid(top[:2], 5, sparse=False), np.sum)
     np.testing.assert_allclose(points, 2 * np.geomspace(1, search.LOWEST, 5)[:, None] * np.ones(2))
     points = answers(search.grid(top, 10, sparse=True), np.sum)  # three of either kind
@@ -135,13 +135,13 @@ def test_grid():
 
 @pytest.mark.parametrize("make", [search.at_random, search.tpe])
 def test_random_and_tpe(make):
-    top = jnp.asarray([2.0, 2.0, 3.0])
+    top = np.array([2.0, 2.0, 3.0])
     target = np.log([0.1, 1.0, 1.5])
     distance = lambda x: float(np.sum((np.log(x) - target) ** 2))
     points = answers(make(top, 40, 0), distance)
     assert points.shape == (40, 3)
-    assert (points <= np.asarray(top)).all()
-    assert (points >= search.LOWEST * np.asarray(top)).all()
+    assert (points <= top).all()
+    assert (points >= search.LOWEST * top).all()
     assert len(np.unique(points)) == 120  # a penalty of its own for each group
     np.testing.assert_array_equal(points, answers(make(top, 40, 0), distance))
     assert np.abs(points - answers(make(top, 40, 1), distance)).max() > 0.1
@@ -151,7 +151,7 @@ def test_random_and_tpe(make):
 
 def test_descent():
     """Projected, and it counts what the derivative takes."""
-    proposals = search.descent(jnp.ones(2), 3, 0.5, lambda z, x: (jnp.asarray([3.0, -1.0]), 7))
+    proposals = search.descent(np.ones(2), 3, 0.5, lambda z, x: (jnp.asarray([3.0, -1.0]), 7))
     assert next(proposals)[1] == 0
     x, calls = group_lasso.step(proposals, (0.0, None))
     np.testing.assert_allclose(x, [0.0, 1.5])
@@ -167,7 +167,7 @@ def test_meha_agrees_with_the_implicit_derivative(split):
     for _ in range(100):  # of ten updates
         carry = run.advance(carry, data, bounds)
     z, _, x = carry.state.vars
-    points = search.descent(0.5 * top, 100, 1.0, lambda z, x: run.slope(split, z, x))
+    points = search.descent(0.5 * np.asarray(top), 100, 1.0, lambda z, x: run.slope(split, z, x))
     last = answers(points, lambda x: 0.0, lambda x: solved(split, x).z)[-1]
     best, found = (search.error(solved(split, y).z, split.validation) for y in (last, x))
     assert best < 0.9 * search.error(solved(split, 0.5 * top).z, split.validation)
