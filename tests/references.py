@@ -20,8 +20,11 @@ from tests.tables import (
     POWER,
     RADIUS,
     RATE,
+    REGULARISATION,
+    STRENGTH,
     TAU,
     THETA,
+    WIDTH,
     falling_rate,
     falling_tolerance,
     falling_weight,
@@ -636,11 +639,12 @@ def by_value(run: Run, weigh: Any) -> Iterator[Point]:
     """z by two steps, y by two from there, and x, each on one draw; ``weigh(gap, falling)`` is the slope of the term."""
     z, _, x = run.start
     for t, draws in enumerate(run.draws):
-        mu = 1.01**-t
+        fall = 1.01**-t
+        mu = REGULARISATION * fall
         (g0, g1, g2), (_, f1, f2) = [inner(run, d) for d in draws], [outer(run, d) for d in draws]
 
-        def at_gap(g, y, z, x=x, mu=mu):
-            return weigh(inner_value(g, y, x) - inner_value(g, z, x) - mu / 2 * z @ z, mu)
+        def at_gap(g, y, z, x=x, mu=mu, fall=fall):
+            return weigh(inner_value(g, y, x) - inner_value(g, z, x) - mu / 2 * z @ z, fall)
 
         for a in restarted(run, 2):
             z = z - a * (slope(g0, z, x) + mu * z)
@@ -653,11 +657,11 @@ def by_value(run: Run, weigh: Any) -> Iterator[Point]:
 
 def bvfim(run: Run) -> Iterator[Point]:
     """Within a tenth of the boundary the barrier goes on as its tangent."""
-    return by_value(run, lambda gap, sigma: sigma / max(sigma - gap, sigma / 10))
+    return by_value(run, lambda gap, fall: STRENGTH * fall / max(WIDTH * fall - gap, WIDTH * fall / 10))
 
 
 def bvfsm(run: Run) -> Iterator[Point]:
-    return by_value(run, lambda gap, sigma: max(gap, 0.0) / sigma)
+    return by_value(run, lambda gap, fall: max(gap, 0.0) / (WIDTH * fall))
 
 
 def in_ball(v: np.ndarray) -> np.ndarray:

@@ -56,6 +56,13 @@ def growing_multiplier(t: Any) -> Any:
     return MULTIPLIER * (t + 1.0) ** 0.1
 
 
+REGULARISATION, STRENGTH, WIDTH = 0.02, 0.2, 0.1  # of BVFIM and BVFSM, so small that gaps come near the boundary and cross it
+
+
+def falling(size: float) -> Callable[[Any], Any]:
+    return lambda t: size * 1.01**-t
+
+
 def falling_weight(t: Any) -> Any:
     return 0.5 * (t + 1.0) ** -0.25
 
@@ -98,8 +105,14 @@ FIRST_ORDER: Rows = {
     "f2sa_p": without_aux(solvers.f2sa_p, multiplier=growing_multiplier, order=NODES, inner_steps=2),
     "bome": partial(solvers.bome, inner_steps=2),
     "pbgd": partial(solvers.pbgd, multiplier=growing_multiplier, inner_steps=2),
-    "bvfim": partial(solvers.bvfim, inner_steps=2),
-    "bvfsm": partial(solvers.bvfsm, inner_steps=2),
+    "bvfim": partial(
+        solvers.bvfim,
+        inner_steps=2,
+        regularisation=falling(REGULARISATION),
+        strength=falling(STRENGTH),
+        slack=falling(WIDTH),
+    ),
+    "bvfsm": partial(solvers.bvfsm, inner_steps=2, regularisation=falling(REGULARISATION), width=falling(WIDTH)),
     "hjfbio": partial(solvers.hjfbio, radius=BALL, scale=SPREAD),
     "fdehbo": partial(solvers.fdehbo, radius=BALL, scale=SPREAD),
     "sl_bamm": partial(solvers.sl_bamm, weight=falling_weight),
