@@ -1,5 +1,6 @@
 """Data sets of the experiments: checked files in, NamedTuples of numpy arrays out."""
 
+from experiments.data.cifar import cifar10
 from experiments.data.files import DataFileError, locate
 from experiments.data.hyperclean import cleaning, shifted
 from experiments.data.ijcnn import ijcnn1
@@ -15,6 +16,7 @@ __all__ = [
     "Table",
     "ThreeWay",
     "breast_cancer",
+    "cifar10",
     "cleaning",
     "covtype",
     "digits",

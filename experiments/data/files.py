@@ -57,6 +57,14 @@ FILES: dict[str, Source] = {
         ("https://ndownloader.figshare.com/files/5975967",), "none stated",
         (("newsgroups20/20news-bydate.rebuilt.tar.gz", "1ba9b25e6c182f952d5a79bc67f670f542896743048d394f2a628bbcb735a918"),),
     ),
+    "cifar10/cifar10_subset.npz": Source(
+        "cbd665d6902c76d0c063c3c125bcfeb2a4bf7b7b0e554efbe75bdd49e36c8efe", (), "none stated",
+        advice="this subset has no public home: use the full set, cifar10(full=True)",
+    ),
+    "cifar10/cifar-10-python.tar.gz": Source(
+        "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+        ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",), "none stated",
+    ),
     "covtype/covtype_92k.npz": Source(
         "dd8bb21415036dc51ba8d8a606251350eb218c6930bd8208039f165fb1c9446c", (), "CC BY 4.0",
         advice="this sample has no public home: use the full set, covtype(full=True)",
