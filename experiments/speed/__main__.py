@@ -9,14 +9,14 @@ from typing import Literal
 
 import tyro
 
-from experiments.speed import hypergradients, steps
+from experiments.speed import first_order, hypergradients, steps
 from experiments.speed.conditions import conditions, load
 from experiments.speed.timing import CAN_PIN, pinned
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Step times of solvers beside the floor.  ``python -m experiments.speed hypergradients`` times hypergradients instead."""
+    """Step times of solvers beside the floor.  ``hypergradients`` and ``first_order`` as the first word time those instead."""
 
     shapes: tuple[Literal["ijcnn1", "covtype", "cleaning"], ...] = ("ijcnn1", "covtype", "cleaning")
     """Problems to time."""
@@ -37,8 +37,9 @@ class Settings:
 def main(args: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
     args = list(sys.argv[1:] if args is None else args)
-    if args[:1] == ["hypergradients"]:
-        hypergradients.main(args[1:])
+    others = {"hypergradients": hypergradients.main, "first_order": first_order.main}
+    if args and args[0] in others:
+        others[args[0]](args[1:])
         return
     settings = tyro.cli(Settings, args=args, prog="python -m experiments.speed", description=Settings.__doc__)
     for name in ("repeats", "seeds_vmapped"):
