@@ -25,7 +25,7 @@ INNER_STEPS = 10
 def meha(
     case: Case, *, beta: Any, eta: Any, alpha: Any, gamma: Any, c: Any, p: Any, theta_steps: int = 1, z_first: bool = False
 ) -> Solver:
-    """`bilevel_jax.solvers.meha`, for numbers that may be traced, and for what the paper does not do.
+    """`bilevel_jax.solvers.meha`, and what the paper does not do.
 
     ``theta_steps`` steps of theta an update; z before x; a negative p, with which the weight 1/c_k of f grows.
     """
