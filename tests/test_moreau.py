@@ -97,7 +97,7 @@ def test_residual_on_constraints_and_with_a_nonsmooth_part():
 
     ``g = |z - 2|^2 / 2 + |z|``: z = 1, and x = 0.5 minimises ``f = -x`` over x <= 0.5; f does not see z."""
     problem = Problem(lambda z, x, a: 0.5 * ((z - 2) ** 2).sum(), lambda z, x, b: -x.sum())
-    sets = (nonsmooth.box(-3.0, 3.0), nonsmooth.box(0.0, 0.5))
+    held = nonsmooth.constrained(nonsmooth.l1(), nonsmooth.box(-3.0, 3.0))
     at = lambda z, x: float(
         residual(
             problem,
@@ -107,13 +107,14 @@ def test_residual_on_constraints_and_with_a_nonsmooth_part():
             multiplier=5.0,
             gamma=1.0,
             rate=0.4,
-            nonsmooth=nonsmooth.l1(),
-            projections=sets,
+            nonsmooth=held,
+            projections=(None, nonsmooth.box(0.0, 0.5)),
         )
     )
     assert at(1.0, 0.5) < 1e-9
     assert at(1.0, 0.4) == pytest.approx(1.0)
-    assert at(1.2, 0.5) > 0.1
+    # theta* = (z + 1) / 2, so that the prox of 1.2 - rate (-0.8 - 0.1) is 1.16 at rate = 0.4: (1.2 - 1.16) c / rate
+    assert at(1.2, 0.5) == pytest.approx(0.5)
     low = envelope(problem, jnp.full(1, 3.0), jnp.zeros(1), Batch(), gamma=1.0, rate=0.4, projection=nonsmooth.box(2.75, 3.0))
     assert float(low.point[0]) == 2.75  # without the box it is 2.5
 

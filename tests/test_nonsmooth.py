@@ -10,7 +10,8 @@ import pytest
 from scipy.optimize import LinearConstraint, minimize
 
 from bilevel_jax import Batch, Problem, Vars, descend, implicit, nonsmooth, solve_inner, sweep, unroll
-from bilevel_jax.projections import moved, prox, proximal_sgd, term_of
+from bilevel_jax.optimisers import moved
+from bilevel_jax.projections import prox, proximal_sgd, term_of
 from tests.checks import check_same
 
 GROUPS = np.array([0, 1, 0, 2, 1, 1])
@@ -325,3 +326,60 @@ def test_paths_are_differentiated_through_their_proximal_steps():
     z = shrunk(a, np.asarray(start.outer))
     check_same(state.vars.inner, jnp.asarray(z), tol=1e-14)
     check_same(start.outer - state.vars.outer, jnp.asarray(-(z - 1) * np.sign(z)), tol=1e-13)
+
+
+# ---- the ends of the range of a dtype ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_projections_survive_large_and_shifted_points(dtype):
+    """Squares of these points, and sums of them, are out of the range or the precision of their dtype."""
+    large = jnp.full(5, 1e4, dtype)
+    inside, onto = nonsmooth.ball(1e5)(large), nonsmooth.ball(10.0)(large)
+    np.testing.assert_array_equal(inside, large)
+    np.testing.assert_allclose(np.asarray(onto, np.float64), 10 / 5**0.5, rtol=1e-2)
+    shifted = jnp.asarray([0.5, 0.25, 0.0], dtype) + jnp.asarray(1024, dtype)
+    np.testing.assert_allclose(np.asarray(nonsmooth.simplex()(shifted), np.float64).sum(), 1, rtol=1e-2)
+    mixed = {"a": jnp.full(2, 3.0, dtype), "b": jnp.full(2, 4.0)}
+    for projection in (nonsmooth.ball(1.0), nonsmooth.simplex()):
+        landed = projection(mixed)
+        assert jax.tree.map(lambda leaf: leaf.dtype, landed) == jax.tree.map(lambda leaf: leaf.dtype, mixed)
+
+
+def test_nan_is_not_shrunk_away():
+    nan = float("nan")
+    assert np.isnan(nonsmooth.group_lasso([0, 0], nan).prox(jnp.ones(2), 1.0, None)).all()
+    assert np.isnan(nonsmooth.group_lasso([0, 0]).value(jnp.array([nan, 1.0]), None))
+    assert np.isnan(nonsmooth.ball(1.0)(jnp.array([nan, 1.0]))).any()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nonsmooth.l1(-1.0), "weights: got -1.0, expected numbers of at least 0"),
+        (lambda: nonsmooth.group_lasso([0, 1], np.array([1.0, -2.0])), "weights: got"),
+        (lambda: nonsmooth.ball(lambda k: 1.0), "radius: got .*, expected a positive number"),
+        (
+            lambda: nonsmooth.box(np.zeros((2, 3)), 1.0)(jnp.ones(3)),
+            r"low: got the shape \(2, 3\), expected a number or \(3,\)",
+        ),
+    ],
+)
+def test_what_is_no_term_or_set_is_refused(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
+
+
+def test_bounds_and_weights_may_be_traced():
+    ends = jax.jit(
+        lambda low, weight: (nonsmooth.box(low, 1.0)(jnp.zeros(2)), nonsmooth.l1(weight).prox(jnp.ones(2), 1.0, None))
+    )
+    np.testing.assert_allclose(np.stack(ends(0.5, 0.25)), [[0.5, 0.5], [0.75, 0.75]])
+
+
+def test_constrained_term_is_exact_where_it_says_so():
+    """l1 and a box that holds 0, against a search over the box."""
+    term, point = nonsmooth.constrained(nonsmooth.l1(0.5), nonsmooth.box(-0.25, 1.0)), np.array([2.0, -2.0, 0.75, 0.1])
+    u = np.linspace(-0.25, 1.0, 200_001)
+    best = [u[np.argmin(0.5 * np.abs(u) + (u - p) ** 2 / 2)] for p in point]
+    np.testing.assert_allclose(term.prox(jnp.asarray(point), 1.0, None), best, atol=1e-5)
