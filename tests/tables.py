@@ -56,7 +56,7 @@ def growing_multiplier(t: Any) -> Any:
     return MULTIPLIER * (t + 1.0) ** 0.1
 
 
-REGULARISATION, STRENGTH, WIDTH = 0.02, 0.2, 0.1  # of BVFIM and BVFSM, so small that gaps come near the boundary and cross it
+REGULARISATION, STRENGTH, WIDTH = 0.02, 0.5, 0.5  # of BVFIM and BVFSM, so small that gaps cross the boundary
 
 
 def falling(size: float) -> Callable[[Any], Any]:

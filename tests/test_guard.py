@@ -61,7 +61,7 @@ def own_code(state: Any) -> int:
     return int(state.stages[1].code)
 
 
-@kinds(*ACCELERATED, "bda", "iaptt")  # which take no wild steps, or overflow on the path of the first update
+@kinds(*ACCELERATED, "bvfsm", "bda", "iaptt")  # which take no wild steps, or overflow within the first update
 def test_guard_freezes_the_last_finite_state(name):
     """Against the states that the bare solver goes through; tables included, once flushed."""
     states, held = both(name, WILD)
