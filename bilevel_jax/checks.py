@@ -33,12 +33,12 @@ def unit_interval(name: str, value: Any) -> None:
         raise ValueError(f"{name}: got {value}, expected a number in [0, 1]")
 
 
-def positive(name: str, value: Any) -> None:
-    """Raise TypeError or ValueError if ``value`` is not a concrete finite number above 0; schedules and traced values pass."""
-    if callable(value) or isinstance(value, Tracer):
+def positive(name: str, value: Any, *, schedule: bool = False) -> None:
+    """Raise TypeError or ValueError unless ``value`` is a finite number above 0, a traced one, or, if allowed, a schedule."""
+    if isinstance(value, Tracer) or (schedule and callable(value)):
         return
-    if np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.number):
-        raise TypeError(f"{name}: got {value!r}, expected a positive number")
+    if callable(value) or np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.number):
+        raise TypeError(f"{name}: got {value!r}, expected a positive number{' or a schedule' * schedule}")
     if not 0 < float(value) < np.inf:
         raise ValueError(f"{name}: got {value}, expected a positive number")
 

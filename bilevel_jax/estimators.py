@@ -13,7 +13,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel_jax import checks
-from bilevel_jax.projections import value_at
+from bilevel_jax.optimisers import value_at
 from bilevel_jax.types import Array, Batch, Estimator, PyTree, Schedule, Slot, Table, Terms, Vars
 
 

@@ -16,9 +16,10 @@ from jax import lax
 
 from bilevel_jax import checks, linear_solve
 from bilevel_jax.linear_solve import LinearSolver
-from bilevel_jax.oracles import losses, norm
-from bilevel_jax.projections import moved
-from bilevel_jax.results import Result, all_finite
+from bilevel_jax.optimisers import moved
+from bilevel_jax.oracles import losses
+from bilevel_jax.results import Result, all_finite, keep
+from bilevel_jax.trees import norm
 from bilevel_jax.types import Array, Batch, Problem, PyTree
 
 
@@ -228,7 +229,7 @@ def path(opt: optax.GradientTransformation, steps: int, *, truncate: int | None 
                 worst, height = kept
                 new = score(z, x)
                 higher = ~(new <= height)  # a score that is NaN is the worst, and shows
-                kept = jax.tree.map(lambda n, o: jnp.where(higher, n, o), (z, new), (worst, height))
+                kept = keep(higher, (z, new), (worst, height))
             return (z, state, k + 1), kept
 
         with jax.numpy_dtype_promotion("standard"):

@@ -9,8 +9,9 @@ from jax import lax
 
 from bilevel_jax import checks
 from bilevel_jax.nonsmooth import Nonsmooth, zero
-from bilevel_jax.oracles import losses, norm, scaled
+from bilevel_jax.oracles import losses
 from bilevel_jax.results import Result
+from bilevel_jax.trees import norm, scaled
 from bilevel_jax.types import Array, Batch, Problem, PyTree
 
 Projection = Callable[[PyTree], PyTree]
@@ -48,7 +49,7 @@ def envelope(
         gamma: its parameter, below 1 / rho where g is rho-weakly convex in z.
         rate: step size, at most ``1 / (L + 1 / gamma)``.
         nonsmooth: the nonsmooth part r of g.
-        projection: on the set Z of z, if there is one.
+        projection: on the set Z of z, if there is one and no r; with both, `bilevel_jax.nonsmooth.constrained`.
         tolerance: on ``|theta+ - theta| / rate``, by default ``eps^(3/4) (1 + |z|)``.
         max_steps: a bound on the steps.
 
@@ -56,7 +57,7 @@ def envelope(
         An ``Envelope``; codes: SUCCESSFUL, MAX_STEPS_REACHED (the tolerance was not met), NONFINITE.
 
     Raises:
-        TypeError, ValueError: for anything but a ``Problem``, and numbers that are not positive.
+        TypeError, ValueError: for anything but a ``Problem``, numbers that are not positive, and both a term and a projection.
 
     Cost: one inner gradient a step, two inner values.
 
@@ -72,6 +73,10 @@ def envelope(
     g, _ = losses(problem)
     checks.positive("gamma", gamma)
     checks.positive("rate", rate)
+    if nonsmooth is not None and projection is not None:
+        raise ValueError("projection: got one beside nonsmooth, expected nonsmooth=constrained(term, projection)")
+    if nonsmooth is not None and not isinstance(nonsmooth, Nonsmooth):
+        raise TypeError(f"nonsmooth: got {type(nonsmooth).__name__}, expected a term of bilevel_jax.nonsmooth")
     max_steps, term = checks.positive_int("max_steps", max_steps), nonsmooth or zero()
     land = projection or (lambda point: point)
     size = norm(z)
@@ -143,6 +148,7 @@ def residual(
         1.4142
     """
     g, f = losses(problem)
+    checks.positive("multiplier", multiplier)
     known = envelope(
         problem,
         z,

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from bilevel_jax import checks
+from bilevel_jax.trees import widest
 from bilevel_jax.types import Array, PyTree
 
 #: A number, an array that broadcasts against its z, or a function of x to one of these.
@@ -38,7 +40,11 @@ def l1(weights: Weights = 1.0) -> Nonsmooth:
     """``sum_i w_i |z_i|``: soft thresholding at ``step w_i``.
 
     Args:
-        weights: ``w >= 0``: a number, an array of the shape of z, or a function of x to one; for a pytree z a number.
+        weights: ``w >= 0``: a number, an array of the shape of z, or a function of x to one; for a pytree z a number.  Weights
+            that depend on x must be kept at 0 or above, by a projection of x: below, the prox moves away from 0.
+
+    Raises:
+        ValueError: for negative weights that are known.
 
     Example:
         >>> term = l1(lambda x: x)
@@ -46,6 +52,8 @@ def l1(weights: Weights = 1.0) -> Nonsmooth:
         >>> float(term.value(z, x)), term.prox(z, 0.5, x).tolist()
         (4.0, [2.5, 0.0])
     """
+
+    _not_negative("weights", weights)
 
     def value(z: PyTree, x: PyTree) -> Array:
         none = _nothing(z)
@@ -62,11 +70,11 @@ def group_lasso(groups: Any, weights: Weights = 1.0) -> Nonsmooth:
 
     Args:
         groups: int ``[dim z]``, the group of each coordinate of z, 0, 1, ...; z is one vector.
-        weights: ``w >= 0``: a number, an array ``[groups]``, or a function of x to one.
+        weights: ``w >= 0``: a number, an array ``[groups]``, or a function of x to one, kept at 0 or above as for `l1`.
 
     Raises:
-        TypeError, ValueError: for groups that are not a vector of ints from 0 on, none of them empty; (when traced) for
-            another z.
+        TypeError, ValueError: for groups that are not a vector of ints from 0 on, none of them empty, and negative weights that
+            are known; (when traced) for another z.
 
     Example:
         >>> term = group_lasso([0, 0, 1], weights=lambda x: x)
@@ -75,6 +83,7 @@ def group_lasso(groups: Any, weights: Weights = 1.0) -> Nonsmooth:
         (7.0, [2.4, 3.2, 0.0])
     """
     of, count = _groups(groups)
+    _not_negative("weights", weights)
 
     def value(z: Array, x: PyTree) -> Array:
         return (_at(weights, x, z) * _norms(z, of, count)).sum()
@@ -83,7 +92,7 @@ def group_lasso(groups: Any, weights: Weights = 1.0) -> Nonsmooth:
         norms = _norms(point, of, count)
         # max(0, 1 - step w / |z|) without a division by 0: a group of norm 0 stays there.
         threshold = _at(step, None, point) * _at(weights, x, point)
-        kept = jnp.where(norms > threshold, 1 - threshold / jnp.where(norms > 0, norms, 1), 0)
+        kept = jnp.where(norms <= threshold, 0, 1 - threshold / jnp.where(norms == 0, 1, norms))
         return point * kept.astype(point.dtype)[of]
 
     return Nonsmooth(value, prox)
@@ -114,6 +123,24 @@ def sparse_group_lasso(groups: Any, group_weights: Weights = 1.0, l1_weights: We
     )
 
 
+def constrained(term: Nonsmooth, projection: Callable[[PyTree], PyTree]) -> Nonsmooth:
+    """r plus the indicator of a set, its prox taken as that of r followed by the projection.
+
+    Exact for `zero` and any set, for `l1` and a box that holds 0 or a ball, and for `group_lasso` and a ball; not in general:
+    the prox of a sum is not the composition (a group lasso and a box, say).
+
+    Args:
+        term: r.
+        projection: on the set: `box`, `ball`, `simplex`, or your own.
+
+    Example:
+        >>> term = constrained(l1(1.0), box(0.0, 1.0))
+        >>> term.prox(jnp.array([3.0, -0.5]), 0.5, None).tolist()
+        [1.0, 0.0]
+    """
+    return Nonsmooth(term.value, lambda point, step, x: projection(term.prox(point, step, x)))
+
+
 def soft(point: Array, threshold: Array | float) -> Array:
     """Soft thresholding, ``sign(p) max(|p| - threshold, 0)``."""
     return point - jnp.clip(point, -threshold, threshold)
@@ -135,11 +162,19 @@ def box(low: Any, high: Any) -> Callable[[PyTree], PyTree]:
         >>> box(0.0, 1.0)(jnp.array([-1.0, 0.5, 2.0])).tolist()
         [0.0, 0.5, 1.0]
     """
-    if not (np.asarray(low) <= np.asarray(high)).all():
+    if not isinstance(low, Tracer) and not isinstance(high, Tracer) and not (np.asarray(low) <= np.asarray(high)).all():
         raise ValueError(f"low: got {low}, expected at most high = {high}")
 
+    def clipped(leaf: Array) -> Array:
+        for name, end in (("low", low), ("high", high)):
+            if np.shape(end) not in ((), np.shape(leaf)):
+                raise ValueError(
+                    f"{name}: got the shape {np.shape(end)}, expected a number or {np.shape(leaf)}, as the point has"
+                )
+        return jnp.clip(leaf, *(jnp.asarray(end).astype(leaf.dtype) for end in (low, high)))
+
     def projection(point: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: jnp.clip(leaf, jnp.asarray(low, leaf.dtype), jnp.asarray(high, leaf.dtype)), point)
+        return jax.tree.map(clipped, point)
 
     return projection
 
@@ -160,10 +195,12 @@ def ball(radius: float) -> Callable[[PyTree], PyTree]:
     checks.positive("radius", radius)
 
     def projection(point: PyTree) -> PyTree:
-        flat, back = ravel_pytree(point)
-        norm = _root(flat @ flat)
-        scale = jnp.where(norm > radius, jnp.asarray(radius, flat.dtype) / jnp.where(norm > 0, norm, 1), 1)
-        return jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), back(flat))
+        leaves, wide = jax.tree.leaves(point), widest(point)
+        largest = jnp.stack([jnp.abs(leaf).max(initial=0).astype(wide) for leaf in leaves]).max()
+        unit = jnp.where(largest == 0, 1, largest)  # squares of the point over its largest entry do not overflow
+        length = unit * _root(jnp.stack([((leaf.astype(wide) / unit) ** 2).sum() for leaf in leaves]).sum())
+        scale = jnp.where(length <= radius, 1, jnp.asarray(radius, wide) / jnp.where(length == 0, 1, length))
+        return jax.tree.map(lambda leaf: (leaf.astype(wide) * scale).astype(leaf.dtype), point)
 
     return projection
 
@@ -189,12 +226,15 @@ def simplex(total: float = 1.0) -> Callable[[PyTree], PyTree]:
     checks.positive("total", total)
 
     def projection(point: PyTree) -> PyTree:
-        flat, back = ravel_pytree(point)
+        # in float32 at least, and less the maximum, to which the projection is indifferent but rounding is not
+        wide = widest(point)
+        flat, back = ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(wide), point))
+        flat = flat - flat.max()
         ordered = jnp.flip(jnp.sort(flat))
-        ranks = jnp.arange(1, flat.size + 1, dtype=flat.dtype)
-        excess = (jnp.cumsum(ordered) - jnp.asarray(total, flat.dtype)) / ranks
+        ranks = jnp.arange(1, flat.size + 1, dtype=wide)
+        excess = (jnp.cumsum(ordered) - jnp.asarray(total, wide)) / ranks
         last = jnp.where(ordered > excess, jnp.arange(flat.size, dtype=jnp.int32), 0).max()
-        return back(jnp.maximum(flat - excess[last], 0))
+        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), back(jnp.maximum(flat - excess[last], 0)), point)
 
     return projection
 
@@ -204,8 +244,14 @@ def _at(weights: Any, x: PyTree, like: Array) -> Array:
 
 
 def _nothing(z: PyTree) -> Array:
-    """0 in the widest dtype of the leaves."""
-    return jnp.zeros((), max((leaf.dtype for leaf in jax.tree.leaves(z)), key=lambda kind: jnp.finfo(kind).bits))
+    """0 in the dtype of z, or the widest of its leaves."""
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(z)}
+    return jnp.zeros((), kinds.pop() if len(kinds) == 1 else widest(z))
+
+
+def _not_negative(name: str, weights: Any) -> None:
+    if not callable(weights) and not isinstance(weights, Tracer) and (np.asarray(weights) < 0).any():
+        raise ValueError(f"{name}: got {weights}, expected numbers of at least 0: below, the prox moves away from 0")
 
 
 def _groups(groups: Any) -> tuple[np.ndarray, int]:
@@ -226,5 +272,5 @@ def _norms(z: Array, of: np.ndarray, count: int) -> Array:
 
 def _root(squares: Array) -> Array:
     """The square root, with the derivative 0 at 0: a point at the origin stays there under a prox or a projection."""
-    above = squares > 0
-    return jnp.where(above, jnp.sqrt(jnp.where(above, squares, 1)), 0)
+    none = squares == 0
+    return jnp.where(none, 0, jnp.sqrt(jnp.where(none, 1, squares)))

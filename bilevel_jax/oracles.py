@@ -10,8 +10,9 @@ import numpy as np
 
 from bilevel_jax import checks
 from bilevel_jax.linear_solve import LinearSolver
-from bilevel_jax.projections import value_at
+from bilevel_jax.optimisers import value_at
 from bilevel_jax.samplers import take_draw
+from bilevel_jax.trees import norm, scaled, widest
 from bilevel_jax.types import Array, Batch, Calls, Levels, Loss, Oracle, Problem, PyTree, Schedule, Terms, Vars
 
 
@@ -164,10 +165,14 @@ def finite_difference(problem: Problem, *, scale: float | None = None) -> Oracle
         d = root * (1 + norm(z)) / jnp.where(length > 0, length, 1)  # along v = 0 the difference is 0
 
         def beside(sign: float) -> tuple[PyTree, PyTree]:
-            moved = jax.tree.map(lambda a, b: a + (sign * d).astype(a.dtype) * b, z, v)
-            return jax.grad(g, argnums=(0, 1))(moved, x, batch)
+            # d v has the size of z: formed in a wide dtype, as d alone may be out of the range of a narrow one
+            along = jax.tree.map(lambda a, b: a + (sign * d.astype(widest(b)) * b.astype(widest(b))).astype(a.dtype), z, v)
+            return jax.grad(g, argnums=(0, 1))(along, x, batch)
 
-        hv, cross = jax.tree.map(lambda a, b: (a - b) / (2 * d).astype(a.dtype), beside(1.0), beside(-1.0))
+        def quotient(a: Array, b: Array) -> Array:
+            return ((a - b).astype(widest(a)) / (2 * d).astype(widest(a))).astype(a.dtype)
+
+        hv, cross = jax.tree.map(quotient, beside(1.0), beside(-1.0))
         fz, fx = outer_pair(f, z, x, batch)
         return Terms(inner=Vars(dz, hv, cross), outer=Vars(None, fz, fx))
 
@@ -345,15 +350,3 @@ def outer_pair(f: DrawLoss, z: PyTree, x: PyTree, batch: Batch) -> tuple[PyTree,
     """``d_z f`` and ``d_x f``, the second None where it is zero by structure: no estimator should keep a table of it."""
     fz, fx = jax.grad(f, argnums=(0, 1))(z, x, batch)
     return fz, fx if depends(lambda x: f(z, x, batch), x) else None
-
-
-def scaled(factor: Any, tree: PyTree) -> PyTree:
-    """A tree times a number, in its own dtypes."""
-    return jax.tree.map(lambda leaf: leaf * jnp.asarray(factor).astype(leaf.dtype), tree)
-
-
-def norm(tree: PyTree) -> Array:
-    """The Euclidean norm of all the numbers in a pytree, in float32 at least."""
-    leaves = jax.tree.leaves(tree)
-    wide = max((jnp.dtype(jnp.float32), *(leaf.dtype for leaf in leaves)), key=lambda dtype: jnp.finfo(dtype).bits)
-    return jnp.sqrt(sum(jnp.vdot(leaf.astype(wide), leaf.astype(wide)) for leaf in leaves))

@@ -1,7 +1,4 @@
-"""Constraints and nonsmooth terms as links of an `optax.chain`: put them last.
-
-Also the places where optimisers are applied and schedules are evaluated: `moved` and `value_at`.
-"""
+"""Constraints and nonsmooth terms as links of an `optax.chain`: put them last."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,32 +8,15 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_jax.nonsmooth import Nonsmooth
+from bilevel_jax.optimisers import value_at
 from bilevel_jax.types import Array, PyTree, Schedule
-
-
-def moved(opt: optax.GradientTransformation, direction: PyTree, state: PyTree, value: PyTree, outer: PyTree) -> Any:
-    """``value`` after a step of an optimiser along ``direction``, and its new state.
-
-    ``outer``, the current x, is given to the optimiser as an extra argument: the weights of a proximal link may depend on it.
-    optax is called under standard dtype promotion, because several of its parts (adam, debiased ema, cosine schedules) break
-    under the strict promotion that the rest of this library keeps.
-    """
-    with jax.numpy_dtype_promotion("standard"):
-        updates, state = optax.with_extra_args_support(opt).update(direction, state, value, outer=outer)
-        return optax.apply_updates(value, updates), state
-
-
-def value_at(schedule: Schedule, count: Array) -> Any:
-    """A schedule after ``count`` steps; a number is itself.  Schedules are users' code, written as for optax."""
-    with jax.numpy_dtype_promotion("standard"):
-        return schedule(count) if callable(schedule) else schedule
 
 
 def project(projection: Callable[[PyTree], PyTree]) -> optax.GradientTransformation:
     """Projected steps: the iterate after the step is ``projection(params + updates)``.
 
     A constraint on the inner variable makes ``z*`` solve a variational inequality, so that ``v*`` of the unconstrained
-    formula is wrong wherever the constraint is active: use it on the outer variable, or unroll.
+    formula is wrong wherever the constraint is active: use it on the outer variable, in methods without v, or unroll.
 
     Args:
         projection: maps a pytree to one of the same structure, shapes and dtypes.
@@ -129,6 +109,7 @@ def proximal_sgd(rate: Schedule, term: Nonsmooth) -> optax.GradientTransformatio
 
     Example:
         >>> from bilevel_jax.nonsmooth import l1
+        >>> from bilevel_jax.optimisers import moved
         >>> opt, z = proximal_sgd(0.5, l1(lambda x: x)), jnp.array([1.0, 0.25])
         >>> moved(opt, jnp.zeros(2), opt.init(z), z, outer=jnp.array([1.0, 1.0]))[0].tolist()
         [0.5, 0.0]

@@ -15,12 +15,13 @@ from jax import lax
 
 from bilevel_jax import checks
 from bilevel_jax.estimators import total
-from bilevel_jax.hypergrad import Jacobian, norm, path, reverse
+from bilevel_jax.hypergrad import Jacobian, path, reverse
 from bilevel_jax.linear_solve import LinearSolver
+from bilevel_jax.optimisers import moved, value_at
 from bilevel_jax.oracles import depends, implicit, losses, system
-from bilevel_jax.projections import moved, value_at
 from bilevel_jax.results import Result, Status, Tally, all_finite, tally
 from bilevel_jax.samplers import take_draw
+from bilevel_jax.trees import norm, widest
 from bilevel_jax.types import Array, Batch, Calls, Cost, Oracle, Problem, PyTree, Schedule, Stage, Vars
 
 
@@ -43,12 +44,6 @@ def _went(state: SolveState, code: Array, residual: Array, **calls: Array) -> So
     return SolveState(
         Status(jnp.maximum(state.status.code, code.astype(jnp.int32))), residual, Tally(counted, state.tally.declared)
     )
-
-
-def widest(tree: PyTree) -> Any:
-    """The widest dtype among the leaves, float32 at least: that of residuals and of dense estimates."""
-    kinds = [jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(tree))]
-    return max(map(jnp.dtype, kinds), key=lambda kind: jnp.finfo(kind).bits)
 
 
 def assign(function: Callable[[Vars], Vars]) -> Stage:
@@ -75,7 +70,8 @@ def solve_inner(
         problem: the two losses.
         opt: optimiser of z, which starts anew, momentum and counts of schedules, in every sweep.
         max_steps: number of steps, a positive int or a schedule of the sweep (rounded up, 1 at least).
-        tolerance: if given, stop as soon as ``|d_z g|`` is at most this; a number or a schedule of the sweep.
+        tolerance: if given, stop as soon as ``|d_z g|`` is at most this; a number or a schedule of the sweep.  Where the
+            optimiser projects or takes a prox, d_z g is not 0 at the solution: leave it out.
 
     Returns:
         A stage of one draw.  Codes: INNER_NOT_CONVERGED (the steps ran out above the tolerance), DIVERGED (an iterate that is
@@ -264,7 +260,7 @@ def unroll(
                 "truncate: got 0, expected at least 1, because the outer loss does not depend on x but through z, so that "
                 "the first-order gradient is 0"
             )
-        if opts.aux is not None and not depends(lambda y: jax.tree.leaves(start(vars._replace(aux=y)))[0], vars.aux):
+        if opts.aux is not None and not depends(lambda y: norm(start(vars._replace(aux=y))), vars.aux):
             raise ValueError("opts.aux: got an optimiser, expected None, because the path does not start from vars.aux")
         with jax.numpy_dtype_promotion("standard"):
             state = UnrollState(Vars(*(None if o is None else o.init(v) for o, v in zip(moving, vars, strict=True))))

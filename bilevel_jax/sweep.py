@@ -9,7 +9,7 @@ from jax import lax
 
 from bilevel_jax import checks
 from bilevel_jax.estimators import plain
-from bilevel_jax.projections import moved
+from bilevel_jax.optimisers import moved
 from bilevel_jax.results import Status, all_finite, keep
 from bilevel_jax.samplers import Draws, take_draw, take_window
 from bilevel_jax.types import (

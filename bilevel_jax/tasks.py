@@ -17,8 +17,8 @@ from bilevel_jax import checks
 from bilevel_jax.hypergrad import bind, path
 from bilevel_jax.hypergrad import implicit as by_linear_solve
 from bilevel_jax.linear_solve import LinearSolver, cg
+from bilevel_jax.optimisers import moved
 from bilevel_jax.oracles import losses
-from bilevel_jax.projections import moved
 from bilevel_jax.results import Status
 from bilevel_jax.samplers import take_draw
 from bilevel_jax.types import Array, Batch, Calls, Cost, Problem, PyTree, Stage, Vars

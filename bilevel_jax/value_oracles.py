@@ -25,9 +25,10 @@ from jax.core import Tracer
 
 from bilevel_jax import checks
 from bilevel_jax.nonsmooth import Nonsmooth
-from bilevel_jax.oracles import depends, losses, norm, outer_pair, scaled
-from bilevel_jax.projections import value_at
+from bilevel_jax.optimisers import value_at
+from bilevel_jax.oracles import depends, losses, outer_pair
 from bilevel_jax.samplers import take_draw
+from bilevel_jax.trees import norm, over, scaled
 from bilevel_jax.types import Array, Batch, Calls, Oracle, Problem, PyTree, Schedule, Terms, Vars
 
 
@@ -61,7 +62,7 @@ def penalty(problem: Problem, multiplier: Schedule) -> Oracle:
         0.9091
     """
     g, f = losses(problem)
-    checks.positive("multiplier", multiplier)
+    checks.positive("multiplier", multiplier, schedule=True)
 
     def terms(vars: Vars, batch: Batch, step: Array) -> Terms:
         z, y, x = vars
@@ -130,7 +131,7 @@ def differences(problem: Problem, multiplier: Schedule, order: int = 2) -> Oracl
         1.0101
     """
     g, f = losses(problem)
-    checks.positive("multiplier", multiplier)
+    checks.positive("multiplier", multiplier, schedule=True)
     order = checks.positive_int("order", order)
     if order != 1 and order % 2:
         raise ValueError(f"order: got {order}, expected 1 or an even number")
@@ -235,7 +236,7 @@ def value_function(problem: Problem, slope: Slope, regularisation: Schedule) -> 
         regularisation: mu >= 0, a number or a schedule of the update; papers: falling to 0.
 
     Raises:
-        TypeError, ValueError: for anything but a ``Problem``.
+        TypeError, ValueError: for anything but a ``Problem`` and a function, and a negative regularisation.
 
     Cost: one inner gradient for z; two and an outer pair for y, and for x (the value of g at z counts as a gradient).
 
@@ -252,6 +253,12 @@ def value_function(problem: Problem, slope: Slope, regularisation: Schedule) -> 
         ([1.0], [2.0])
     """
     g, f = losses(problem)
+    if not callable(slope):
+        raise TypeError(
+            f"slope: got {type(slope).__name__}, expected a function of the gap and the update, such as quadratic(0.1)"
+        )
+    if not callable(regularisation) and not isinstance(regularisation, Tracer) and not regularisation >= 0:
+        raise ValueError(f"regularisation: got {regularisation}, expected a number of at least 0 or a schedule")
 
     def terms(vars: Vars, batches: Batch, step: Array) -> tuple[Terms, Array]:
         (z, y, x), batch = vars, take_draw(batches, 0)
@@ -280,10 +287,11 @@ def interior(strength: Schedule, slack: Schedule) -> Slope:
     """The slope of the logarithmic barrier ``-tau log(sigma - gap)``, ``tau / (sigma - gap)``: BVFIM.
 
     Closer to the boundary than sigma / 10, and beyond it, where the barrier is infinite and a step of fixed size may well land,
-    its tangent goes on: the slope there is 10 tau / sigma, and points back.  The paper's y stays inside by assumption.
+    its tangent goes on: the slope there is 10 tau / sigma, a penalty.  The paper's y stays inside by assumption.
 
     Args:
-        strength, slack: tau and sigma > 0, numbers or schedules of the update; paper: falling to 0.
+        strength, slack: tau and sigma > 0, numbers or schedules of the update; paper: falling to 0.  Let sigma fall faster than
+            tau: the multiplier that holds y is at most 10 tau / sigma, and must grow.
 
     Raises:
         ValueError: for numbers that are not positive.
@@ -292,8 +300,8 @@ def interior(strength: Schedule, slack: Schedule) -> Slope:
         >>> float(interior(1.0, 2.0)(jnp.float32(0.0), jnp.int32(0))), float(interior(1.0, 2.0)(jnp.float32(5.0), jnp.int32(0)))
         (0.5, 5.0)
     """
-    checks.positive("strength", strength)
-    checks.positive("slack", slack)
+    checks.positive("strength", strength, schedule=True)
+    checks.positive("slack", slack, schedule=True)
 
     def slope(gap: Array, step: Array) -> Array:
         sigma = value_at(slack, step)
@@ -315,7 +323,7 @@ def quadratic(width: Schedule) -> Slope:
         >>> float(quadratic(0.5)(jnp.float32(2.0), jnp.int32(0))), float(quadratic(0.5)(jnp.float32(-2.0), jnp.int32(0)))
         (4.0, 0.0)
     """
-    checks.positive("width", width)
+    checks.positive("width", width, schedule=True)
     return lambda gap, step: jnp.maximum(gap, 0) / value_at(width, step)
 
 
@@ -355,7 +363,7 @@ def moreau(problem: Problem, multiplier: Schedule, *, gamma: float, nonsmooth: N
         (0.0, 0.0, 0.1)
     """
     g, f = losses(problem)
-    checks.positive("multiplier", multiplier)
+    checks.positive("multiplier", multiplier, schedule=True)
     checks.positive("gamma", gamma)
     if nonsmooth is not None and not isinstance(nonsmooth, Nonsmooth):
         raise TypeError(f"nonsmooth: got {type(nonsmooth).__name__}, expected a term of bilevel_jax.nonsmooth")
@@ -374,7 +382,7 @@ def moreau(problem: Problem, multiplier: Schedule, *, gamma: float, nonsmooth: N
         if batch.outer is None:  # theta moves without f
             return Terms(inner=Vars(aux=dtheta))
         c = value_at(multiplier, step)
-        warn_digits("multiplier", multiplier, x)
+        warn_digits("multiplier (of meha: c_low)", multiplier, x)
         fz, fx = outer_pair(f, z, x, batch)
         return Terms(inner=Vars(dz, dtheta, dx), outer=Vars(over(c, fz), None, None if fx is None else over(c, fx)))
 
@@ -386,11 +394,6 @@ def moreau(problem: Problem, multiplier: Schedule, *, gamma: float, nonsmooth: N
 
 
 # ---- what they share ---------------------------------------------------------------------------------------------------
-
-
-def over(divisor: Any, tree: PyTree) -> PyTree:
-    """A tree over a number, in its own dtypes."""
-    return jax.tree.map(lambda leaf: leaf / jnp.asarray(divisor).astype(leaf.dtype), tree)
 
 
 def digits_left(multiplier: float, dtype: Any) -> float:

@@ -34,6 +34,15 @@ STYLES = {
     "mrbo": ("#117733", "-"),
     "sustain": ("#117733", "--"),
     "vrbo": ("#DDCC77", "-"),
+    "meha": ("#CC3311", "-"),
+    "bome": ("#EE7733", "--"),
+    "pbgd": ("#EE7733", ":"),
+    "f2sa": ("#117733", ":"),
+    "f2ba": ("#117733", "-."),
+    "f2sa_p": ("#88CCEE", "-"),
+    "all rows": ("#777777", "-"),
+    "clean rows": ("#777777", "--"),
+    "validation rows": ("#777777", ":"),
 }
 
 
@@ -72,6 +81,7 @@ def comparison(rows: pd.DataFrame, labels: dict[str, str], title: str, path: Pat
                 axis.yaxis.set_minor_formatter("{x:.2g}" if narrow else NullFormatter())
             if log_work:
                 axis.set_xscale("log")
+                axis.xaxis.set_minor_formatter(NullFormatter())  # on less than a decade they would overlap
             axis.set_xlabel(name)
             axis.grid(visible=True, which="major", alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)

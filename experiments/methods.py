@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import optax
+
 from bilevel_jax import Levels, Problem, Solver, Vars, default_opts, linear_solve, solvers
 
 #: Rows of the batches that oracle calls are counted on, whatever the batches of a solver.
@@ -30,6 +32,12 @@ Name = Literal[
     "sustain",
     "vrbo",
     "pzobo",
+    "meha",
+    "bome",
+    "pbgd",
+    "f2sa",
+    "f2ba",
+    "f2sa_p",
 ]
 
 
@@ -43,14 +51,20 @@ class Rates(NamedTuple):
     linear_rate: float | None = None  # step size of its linear solver; by default that of z
     batch_size: int | None = None  # rows of a block; by default that of the comparison
     updates: int | None = None  # by default those of the comparison
+    adam: bool = False  # whether x moves by Adam, at the same rate
+    multiplier: float = 10.0  # of a penalty; of MEHA, at its start
+    gamma: float = 10.0  # of MEHA's envelope
 
     def opts(self, solver: Callable[..., Solver]) -> Vars:
         """The schedules of the solver's paper, from these numbers."""
-        return default_opts(solver, self.step_size, self.step_size, self.step_size / self.outer_ratio)
+        return self._moved(default_opts(solver, self.step_size, self.step_size, self.step_size / self.outer_ratio))
 
     def two(self, solver: Callable[..., Solver]) -> Vars:
         """The same, for a solver that does not step v."""
-        return default_opts(solver, inner=self.step_size, outer=self.step_size / self.outer_ratio)
+        return self._moved(default_opts(solver, inner=self.step_size, outer=self.step_size / self.outer_ratio))
+
+    def _moved(self, opts: Vars) -> Vars:
+        return opts._replace(outer=optax.adam(self.step_size / self.outer_ratio)) if self.adam else opts
 
     @property
     def rate(self) -> float:
@@ -74,6 +88,11 @@ def _plainly(make: Callable[..., Solver]) -> Method:
 def _looped(make: Callable[..., Solver], own: Callable[[Rates, Levels], dict[str, Any]], **flags: bool) -> Method:
     """A double-loop or unrolled solver, with its own arguments from the rates and the numbers of blocks."""
     return Method(lambda problem, rates, blocks: make(problem, rates.two(make), **own(rates, blocks)), **flags)
+
+
+def _first_order(make: Callable[..., Solver], own: Callable[[Rates], dict[str, Any]]) -> Method:
+    """A solver of that family that steps z, its second inner iterate and x, on all the data."""
+    return Method(lambda problem, rates, _: make(problem, rates.opts(make), **own(rates)), full=True, random=False)
 
 
 METHODS: dict[str, Method] = {
@@ -130,4 +149,16 @@ METHODS: dict[str, Method] = {
         solvers.vrbo, lambda r, _: {"inner_steps": math.ceil(r.inner_steps / 10), "terms": r.terms, "rate": r.rate}
     ),
     "pzobo": _looped(solvers.pzobo, lambda r, _: {"inner_steps": r.inner_steps, "radius": 0.01}, full=True),
+    "meha": _first_order(solvers.meha, lambda r: {"gamma": r.gamma, "c_low": r.multiplier}),
+    "bome": _first_order(solvers.bome, lambda r: {"inner_steps": r.inner_steps}),
+    "pbgd": _first_order(solvers.pbgd, lambda r: {"multiplier": r.multiplier, "inner_steps": r.inner_steps}),
+    # With the multiplier of its paper, 10 (k + 1)^1/7.
+    "f2sa": Method(lambda problem, rates, _: solvers.f2sa(problem, rates.opts(solvers.f2sa), inner_steps=rates.inner_steps)),
+    "f2ba": _first_order(solvers.f2ba, lambda r: {"multiplier": r.multiplier, "inner_steps": r.inner_steps}),
+    "f2sa_p": _looped(
+        solvers.f2sa_p,
+        lambda r, _: {"multiplier": r.multiplier, "inner_steps": r.inner_steps},
+        full=True,
+        random=False,
+    ),
 }

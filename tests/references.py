@@ -9,7 +9,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.tables import CONSTANTS, MU, PERIOD, RADIUS, RATE, TAU, THETA, falling_rate, falling_tolerance, growing_steps
+from tests.tables import (
+    BALL,
+    C_LOW,
+    CONSTANTS,
+    GAMMA,
+    MU,
+    MULTIPLIER,
+    PERIOD,
+    POWER,
+    RADIUS,
+    RATE,
+    REGULARISATION,
+    STRENGTH,
+    TAU,
+    THETA,
+    WIDTH,
+    falling_rate,
+    falling_tolerance,
+    falling_weight,
+    growing_multiplier,
+    growing_steps,
+)
 
 Arrays = dict[str, np.ndarray]
 Point = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -478,12 +499,215 @@ def pzobo(run: Run) -> Iterator[Point]:
         yield z, v, x
 
 
+def bda(run: Run) -> Iterator[Point]:
+    """Three steps along both losses, always from one start, and the reverse pass through them, on one draw."""
+    z, y, x = run.start
+    steps, weights = restarted(run, 3), [0.5 / (k + 1) for k in range(3)]
+    for t, (draw,) in enumerate(run.draws):
+        g, f, z = inner(run, draw), outer(run, draw), y
+        for a, mu in zip(steps, weights, strict=True):
+            z = z - a * ((1 - mu) * slope(g, z, x) + mu * outer_terms(f, z, x)[0])
+        q, fx = outer_terms(f, z, x)
+        S = np.zeros_like(x)
+        for a, mu in zip(steps[::-1], weights[::-1], strict=True):
+            S = S - a * ((1 - mu) * g["C"] @ q + mu * f["E"] @ q)
+            q = q - a * ((1 - mu) * g["A"] @ q + mu * f["B"] @ q)
+        x = x - run.steps(t)[2] * (fx + S)
+        yield z, y, x
+
+
+def iaptt(run: Run, pick: Any = np.argmax) -> Iterator[Point]:
+    """Three steps from a start that moves, too, and the reverse pass from the worst of them, on one draw."""
+    z, y, x = run.start
+    for t, (draw,) in enumerate(run.draws):
+        g, f, (_, b, c) = inner(run, draw), outer(run, draw), run.steps(t)
+        points = [y]
+        for a in restarted(run, 3):
+            points.append(points[-1] - a * slope(g, points[-1], x))
+        worst = int(pick([outer_value(f, z, x) for z in points[1:]]))
+        z = points[1 + worst]
+        q, fx = outer_terms(f, z, x)
+        S = np.zeros_like(x)
+        for a in restarted(run, 3)[worst::-1]:
+            S = S - a * g["C"] @ q
+            q = q - a * g["A"] @ q
+        y, x = y - b * q, x - c * (fx + S)
+        yield z, y, x
+
+
+# ---- first order: d_z g = A z + C'x + b, d_x g = C z -------------------------------------------------------------------
+
+
+def slope(g: Arrays, z: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return g["A"] @ z + g["C"].T @ x + g["b"]
+
+
+def inner_value(g: Arrays, z: np.ndarray, x: np.ndarray) -> Any:
+    return z @ g["A"] @ z / 2 + x @ g["C"] @ z + g["b"] @ z
+
+
+def outer_value(f: Arrays, z: np.ndarray, x: np.ndarray) -> Any:
+    return z @ f["B"] @ z / 2 + x @ f["D"] @ x / 2 + x @ f["E"] @ z + f["e"] @ z + f["d"] @ x
+
+
+def meha(run: Run, order: str = "theta x z") -> Iterator[Point]:
+    """theta, x and z in turn, each on a draw of its own, f over c_k; ``theta_0 = z_0`` is what the run is started at."""
+    z, theta, x = run.start
+    for t, draws in enumerate(run.draws):
+        (a, b, c), penalty = run.steps(t), C_LOW * (t + 1) ** POWER
+        for name, draw in zip(order.split(), draws, strict=True):
+            g, f = inner(run, draw), outer(run, draw)
+            fz, fx = outer_terms(f, z, x)
+            if name == "theta":
+                theta = theta - b * (slope(g, theta, x) + (theta - z) / GAMMA)
+            elif name == "x":
+                x = x - c * (fx / penalty + g["C"] @ z - g["C"] @ theta)
+            else:
+                z = z - a * (fz / penalty + slope(g, z, x) - (z - theta) / GAMMA)
+        yield z, theta, x
+
+
+def penalised(run: Run, multiplier: Any, z_and_y: Any) -> Iterator[Point]:
+    """Two steps of z and of y by ``z_and_y(t, draws)`` -> samples and steps, then x on the last draw."""
+    z, y, x = run.start
+    for t, draws in enumerate(run.draws):
+        lam, (taken, counts) = multiplier(t), z_and_y(t, draws[:-1])
+        for draw, k in zip(taken, counts, strict=True):
+            (a, b, _), g = run.steps(k), inner(run, draw)
+            z, y = z - a * slope(g, z, x), y - b * (slope(g, y, x) + outer_terms(outer(run, draw), y, x)[0] / lam)
+        fx = outer_terms(outer(run, draws[-1]), y, x)[1]
+        x = x - run.steps(t)[2] * (fx + lam * inner(run, draws[-1])["C"] @ (y - z))
+        yield z, y, x
+
+
+def f2sa(run: Run) -> Iterator[Point]:
+    return penalised(run, growing_multiplier, lambda t, draws: (draws, [2 * t, 2 * t + 1]))
+
+
+def f2ba(run: Run) -> Iterator[Point]:
+    return penalised(run, lambda t: MULTIPLIER, lambda t, draws: (draws * 2, [0, 1]))
+
+
+def f2sa_p(run: Run) -> Iterator[Point]:
+    """Of order 4: the nodes -2, -1, 1, 2 over lam; z is the cubic through the four y at 0."""
+    (z, ys, x), nodes, weights = run.start, (-2, -1, 1, 2), (1 / 12, -2 / 3, 2 / 3, -1 / 12)
+    for t, (*draws, last) in enumerate(run.draws):
+        lam, new = growing_multiplier(t), []
+        for s, y in zip(nodes, ys, strict=True):
+            for draw, a in zip(draws, going_on(run, t, 2), strict=True):
+                y = y - a * (slope(inner(run, draw), y, x) + s / lam * outer_terms(outer(run, draw), y, x)[0])
+            new.append(y)
+        ys = np.stack(new)
+        g, f = inner(run, last), outer(run, last)
+        parts = [w * (g["C"] @ y + s / lam * outer_terms(f, y, x)[1]) for w, s, y in zip(weights, nodes, ys, strict=True)]
+        z = (-ys[0] + 4 * ys[1] + 4 * ys[2] - ys[3]) / 6
+        x = x - run.steps(t)[2] * lam * sum(parts)
+        yield z, ys, x
+
+
+def ahead(run: Run, direction: Any) -> Iterator[Point]:
+    """w by two steps from y on one draw, then y and x together on another, along ``direction(t, g, f, w, y, x)``."""
+    _, y, x = run.start
+    for t, (first, last) in enumerate(run.draws):
+        w = gradient_steps([inner(run, first)] * 2, y, x, restarted(run, 2))
+        dy, dx = direction(t, inner(run, last), outer(run, last), w, y, x)
+        y, x = y - run.steps(t)[1] * dy, x - run.steps(t)[2] * dx
+        yield w, y, x
+
+
+def bome(run: Run) -> Iterator[Point]:
+    """phi = |grad q|^2 / 2."""
+
+    def direction(t, g, f, w, y, x):
+        size = len(y)
+        q, h = np.concatenate([slope(g, y, x), g["C"] @ (y - w)]), np.concatenate(outer_terms(f, y, x))
+        way = h + max(0.5 * q @ q - h @ q, 0.0) / (q @ q) * q
+        return way[:size], way[size:]
+
+    return ahead(run, direction)
+
+
+def pbgd(run: Run) -> Iterator[Point]:
+    def direction(t, g, f, w, y, x):
+        (fz, fx), lam = outer_terms(f, y, x), growing_multiplier(t)
+        return fz / lam + slope(g, y, x), fx + lam * g["C"] @ (y - w)
+
+    return ahead(run, direction)
+
+
+def by_value(run: Run, weigh: Any) -> Iterator[Point]:
+    """z by two steps, y by two from there, and x, each on one draw; ``weigh(gap, falling)`` is the slope of the term."""
+    z, _, x = run.start
+    for t, draws in enumerate(run.draws):
+        fall = 1.01**-t
+        mu = REGULARISATION * fall
+        (g0, g1, g2), (_, f1, f2) = [inner(run, d) for d in draws], [outer(run, d) for d in draws]
+
+        def at_gap(g, y, z, x=x, mu=mu, fall=fall):
+            return weigh(inner_value(g, y, x) - inner_value(g, z, x) - mu / 2 * z @ z, fall)
+
+        for a in restarted(run, 2):
+            z = z - a * (slope(g0, z, x) + mu * z)
+        y = z
+        for k in range(2):
+            y = y - run.steps(k)[1] * (outer_terms(f1, y, x)[0] + at_gap(g1, y, z) * slope(g1, y, x) + mu * y)
+        x = x - run.steps(t)[2] * (outer_terms(f2, y, x)[1] + at_gap(g2, y, z) * g2["C"] @ (y - z))
+        yield z, y, x
+
+
+def bvfim(run: Run) -> Iterator[Point]:
+    """Within a tenth of the boundary the barrier goes on as its tangent."""
+    return by_value(run, lambda gap, fall: STRENGTH * fall / max(WIDTH * fall - gap, WIDTH * fall / 10))
+
+
+def bvfsm(run: Run) -> Iterator[Point]:
+    return by_value(run, lambda gap, fall: max(gap, 0.0) / (WIDTH * fall))
+
+
+def in_ball(v: np.ndarray) -> np.ndarray:
+    return v * min(1.0, BALL / max(np.linalg.norm(v), 1e-300))
+
+
+def hjfbio(run: Run) -> Iterator[Point]:
+    """On a quadratic the differences of gradients are the products."""
+    point = run.start
+    for t, (draw,) in enumerate(run.draws):
+        z, v, x = move(point, at_blocks(run, draw, point), run.steps(t))
+        point = z, in_ball(v), x
+        yield point
+
+
+def fdehbo(run: Run) -> Iterator[Point]:
+    """eta_t = (t + 1)^-2/3."""
+    point = old = run.start
+    way = tuple(np.zeros_like(part) for part in point)
+    for t, (draw,) in enumerate(run.draws):
+        new, before, eta = at_blocks(run, draw, point), at_blocks(run, draw, old), (t + 1) ** (-2 / 3)
+        way = tuple(n + (1 - eta) * (w - b) for n, w, b in zip(new, way, before, strict=True))
+        old, (z, v, x) = point, move(point, way, run.steps(t))
+        point = z, in_ball(v), x
+        yield point
+
+
+def sl_bamm(run: Run) -> Iterator[Point]:
+    """SOBA with (1 - mu) g + mu f for g, where f has second derivatives, too."""
+    point = run.start
+    for t, (draw,) in enumerate(run.draws):
+        (z, v, x), mu, g, f = point, falling_weight(t), inner(run, draw), outer(run, draw)
+        dz, hv, cross = inner_terms(g, z, v, x)
+        fz, fx = outer_terms(f, z, x)
+        way = [(1 - mu) * dz + mu * fz, (1 - mu) * hv + mu * f["B"] @ v + fz, (1 - mu) * cross + mu * f["E"] @ v + fx]
+        point = move(point, way, run.steps(t))
+        yield point
+
+
 REFERENCES: dict[str, Callable[[Run], Iterator[Point]]] = {
     reference.__name__: reference
     for family in (
         (soba, ma_soba, saba, srba, spaba, storm_soba, fsla),
         (aid_bio, aid_fp, ba, hoag, bsa, ttsa, stocbio, amigo, accbio, accbio_bg),
         (mrbo, sustain, vrbo, stable, itd_bio, fo_itd_bio, pzobo),
+        (meha, f2sa, f2ba, f2sa_p, bome, pbgd, bvfim, bvfsm, hjfbio, fdehbo, sl_bamm, bda, iaptt),
     )
     for reference in family
 }

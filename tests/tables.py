@@ -47,6 +47,26 @@ def growing_steps(t: Any) -> Any:
     return (t + 1.0) ** 0.5
 
 
+GAMMA, C_LOW, POWER = 0.7, 2.0, 0.25  # of MEHA: parameter of the envelope, c_k = C_LOW (k + 1)^POWER
+MULTIPLIER, NODES = 8.0, 4  # of F2BA; of F2SA-p, whose order it is, too
+BALL, SPREAD = 1.5, 1.0  # of HJFBiO: where v stays, and how far apart gradients are taken (on quadratics any will do)
+
+
+def growing_multiplier(t: Any) -> Any:
+    return MULTIPLIER * (t + 1.0) ** 0.1
+
+
+REGULARISATION, STRENGTH, WIDTH = 0.02, 0.5, 0.5  # of BVFIM and BVFSM, so small that gaps cross the boundary
+
+
+def falling(size: float) -> Callable[[Any], Any]:
+    return lambda t: size * 1.01**-t
+
+
+def falling_weight(t: Any) -> Any:
+    return 0.5 * (t + 1.0) ** -0.25
+
+
 #: name -> (problem, opts) -> solver.  Those that move all three variables with the optimisers given,
 SINGLE_LOOP: Rows = {
     "soba": solvers.soba,
@@ -77,10 +97,35 @@ NESTED_LOOPS: Rows = {
 }
 #: and those that bring their own steps.
 ACCELERATED: Rows = {"accbio": without_opts(solvers.accbio), "accbio_bg": without_opts(solvers.accbio_bg)}
-SOLVERS: Rows = SINGLE_LOOP | NESTED_LOOPS | ACCELERATED
+#: Those of first order, and others whose aux is a second inner iterate or the start of a path.
+FIRST_ORDER: Rows = {
+    "meha": partial(solvers.meha, gamma=GAMMA, c_low=C_LOW, p=POWER),
+    "f2sa": partial(solvers.f2sa, multiplier=growing_multiplier, inner_steps=2),
+    "f2ba": partial(solvers.f2ba, multiplier=MULTIPLIER, inner_steps=2),
+    "f2sa_p": without_aux(solvers.f2sa_p, multiplier=growing_multiplier, order=NODES, inner_steps=2),
+    "bome": partial(solvers.bome, inner_steps=2),
+    "pbgd": partial(solvers.pbgd, multiplier=growing_multiplier, inner_steps=2),
+    "bvfim": partial(
+        solvers.bvfim,
+        inner_steps=2,
+        regularisation=falling(REGULARISATION),
+        strength=falling(STRENGTH),
+        slack=falling(WIDTH),
+    ),
+    "bvfsm": partial(solvers.bvfsm, inner_steps=2, regularisation=falling(REGULARISATION), width=falling(WIDTH)),
+    "hjfbio": partial(solvers.hjfbio, radius=BALL, scale=SPREAD),
+    "fdehbo": partial(solvers.fdehbo, radius=BALL, scale=SPREAD),
+    "sl_bamm": partial(solvers.sl_bamm, weight=falling_weight),
+    "bda": without_aux(solvers.bda, inner_steps=3),
+    "iaptt": partial(solvers.iaptt, inner_steps=3),
+}
+#: Rows of these whose aux is v.
+WITH_V = {"hjfbio", "fdehbo", "sl_bamm"}
+SOLVERS: Rows = SINGLE_LOOP | NESTED_LOOPS | ACCELERATED | FIRST_ORDER
 
 #: Rows that are made of the same stages as another one: what compiles runs on them in the slow suite only.
 ALIKE = {"aid_bio", "aid_fp", "ba", "ttsa", "stocbio", "amigo", "mrbo", "fo_itd_bio", "accbio"}
+ALIKE |= set(FIRST_ORDER) - {"meha", "f2sa_p", "bome", "iaptt"}
 
 every_solver = pytest.mark.parametrize("name", SOLVERS)
 
@@ -96,6 +141,11 @@ every_kind = kinds()
 def build(name: str, problem: Problem, steps: Vars = STEPS) -> Solver:
     """The solver of a row, with optax.sgd of the given step sizes (numbers, or traced)."""
     return SOLVERS[name](problem, Vars(*map(optax.sgd, steps)))
+
+
+def aux_like(name: str, tree: Any) -> Any:
+    """A tree like z in the place of aux: as many times as a row has iterates there."""
+    return jax.tree.map(lambda leaf: jnp.stack([leaf] * NODES), tree) if name == "f2sa_p" else tree
 
 
 # ---- a problem of scalars, for what must compile fast -----------------------------------------------------------------
@@ -122,6 +172,11 @@ def tiny() -> Setting:
     z = -(x + b.mean()) / a.mean()
     solution = Vars(*map(scalar, (z, -(z - e.mean()) / a.mean(), x)))
     return Setting(problem, Levels((jnp.asarray(a), jnp.asarray(b)), jnp.asarray(e)), Vars(*map(scalar, (1, 0.5, 2))), solution)
+
+
+def tiny_start(name: str) -> Vars:
+    """Where a row starts on `tiny`."""
+    return tiny().start._replace(aux=aux_like(name, tiny().start.aux))
 
 
 def tiny_sampler() -> Sampler:

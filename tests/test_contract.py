@@ -35,10 +35,13 @@ from bilevel_jax.samplers import take_draw
 from bilevel_jax.types import Slot, Terms
 from tests.checks import ZERO, check_same, walk
 from tests.tables import (
+    FIRST_ORDER,
+    NODES,
     PERIOD,
     PROBABILITY,
     SOLVERS,
     STEPS,
+    aux_like,
     build,
     distance,
     donated_update,
@@ -48,6 +51,7 @@ from tests.tables import (
     stream,
     tiny,
     tiny_sampler,
+    tiny_start,
 )
 
 # ---- a light problem on trees: z = {"a": [2], "b": {"c": [3]}}, x = [[], [3]] -----------------------------------------
@@ -137,7 +141,7 @@ def compiled_run(name: str) -> Traced:
 
     def whole(rates: Vars, key: jax.Array, data: Levels) -> Any:
         solver = build(name, tiny().problem, rates)
-        return run(solver, tiny_sampler(), tiny().start, data, key, steps=8, every=4, metrics=distance_to_solution)
+        return run(solver, tiny_sampler(), tiny_start(name), data, key, steps=8, every=4, metrics=distance_to_solution)
 
     return Traced(whole)
 
@@ -151,8 +155,8 @@ def test_jit_is_eager(name):
     """Two updates, so that SRBA takes one of either kind."""
     solver, update = build(name, tiny().problem), donated_update(name)
     batches = stream(solver.draws)[:2]
-    state = solver.init(tiny().start, batches[0])
-    for eager, batch in zip(walk(solver, tiny().start, batches), batches, strict=True):
+    state = solver.init(tiny_start(name), batches[0])
+    for eager, batch in zip(walk(solver, tiny_start(name), batches), batches, strict=True):
         state = update(state, batch)
         check_same(state.vars, eager, tol=1e-13)
 
@@ -197,7 +201,7 @@ def test_state_is_stable_under_scan(name, guarded):
     """Structure, shapes, dtypes and weak types of what update returns are those that it was given."""
     q, solver = tiny(), build(name, tiny().problem)
     solver = guard(solver) if guarded else solver
-    check_stable(solver, q.start, lambda: tiny_sampler().batches(q.data, jax.random.key(0), 0, solver.draws))
+    check_stable(solver, tiny_start(name), lambda: tiny_sampler().batches(q.data, jax.random.key(0), 0, solver.draws))
 
 
 def check_stable(solver: Solver, start: Vars, make: Callable[[], Batch]) -> None:
@@ -250,7 +254,7 @@ def test_dtypes_and_trees_are_kept(name, dtypes):
     carry, history = jax.eval_shape(
         lambda key: run(solver, light_sampler(), start, data, key, steps=4, every=2, metrics=first_norm), jax.random.key(0)
     )
-    expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), start._replace(aux=start.inner))
+    expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), start._replace(aux=aux_like(name, start.inner)))
     for vars in (carry.state.vars, carry.finite):
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), vars) == expected
     assert history["norm"].dtype == start.inner["a"].dtype
@@ -285,7 +289,7 @@ def test_trees_move_as_the_vector_does(name):
         return {"a": z[:1], "b": {"c": z[1:]}}, [x[0], x[1:]]
 
     def join(z, x):
-        return jnp.concatenate([z["a"], z["b"]["c"]]), jnp.concatenate([x[0][None], x[1]])
+        return jnp.concatenate([z["a"], z["b"]["c"]], axis=-1), jnp.concatenate([x[0][None], x[1]])
 
     flat = Problem(inner, outer)
     nested = Problem(*(lambda z, x, s, loss=loss: loss(*join(z, x), s) for loss in flat))
@@ -346,7 +350,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(name):
     key, data, solver = jax.random.key(6), tiny().data, build(name, tiny().problem, rates())
     whole, history = compiled_run(name).call(rates(), key, data)
     half = jax.jit(lambda c: resume(solver, tiny_sampler(), c, data, steps=4, metrics=distance_to_solution))
-    carry, rows = begin(solver, tiny_sampler(), tiny().start, data, key), []
+    carry, rows = begin(solver, tiny_sampler(), tiny_start(name), data, key), []
     for _ in range(2):
         carry, row = half(through_numpy(carry))
         rows.append(row)
@@ -358,17 +362,17 @@ def test_resumed_is_uninterrupted_bit_for_bit(name):
 @every_kind
 def test_state_may_be_donated_and_the_start_survives(name):
     """Twice: the second time from the start that the caller still owns."""
-    q, solver, update = tiny(), build(name, tiny().problem), donated_update(name)
-    before, first = jax.tree.map(np.array, q.start), stream(solver.draws)[0]
+    start, solver, update = tiny_start(name), build(name, tiny().problem), donated_update(name)
+    before, first = jax.tree.map(np.array, start), stream(solver.draws)[0]
     states = []
     for _ in range(2):
-        state = solver.init(q.start, first)
+        state = solver.init(start, first)
         for batch in stream(solver.draws)[:3]:
             old = state
             state = update(state, batch)
-            assert old.vars.inner.is_deleted()
+            assert old.vars.outer.is_deleted()  # x is read by every update, z and aux are not
         states.append(state)
-        check_same(jax.tree.map(jnp.asarray, before), q.start)
+        check_same(jax.tree.map(jnp.asarray, before), start)
     check_same(*states)
 
 
@@ -389,7 +393,7 @@ def test_carry_may_be_donated_and_what_the_caller_owns_survives():
 @every_solver
 def test_no_two_leaves_of_a_state_share_a_buffer(name):
     q, solver = tiny(), build(name, tiny().problem)
-    shared = q.start._replace(aux=q.start.inner)  # one buffer in two variables
+    shared = q.start._replace(aux=aux_like(name, q.start.inner))  # one buffer in two variables
     state = solver.init(shared, stream(solver.draws)[0])
     places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) if leaf.size]
     assert len(set(places)) == len(places)
@@ -504,19 +508,20 @@ def linear() -> tuple[Problem, Vars, Levels]:
 
 
 def products(jaxpr: Any, share: float = 1.0, taken: float | None = None) -> Counter:
-    """How often each product with a data matrix is formed: scans multiply, branches are averaged.
+    """How often each product with a data matrix is formed: scans and batches multiply, branches are averaged.
 
     Keys are (draw or full, level, "A" or "B", forward or transposed).
     """
     found = Counter()
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"], None
-            for operand, dims in zip(eqn.invars, contracted, strict=True):
+            contracted, _ = eqn.params["dimension_numbers"]
+            for operand, vectors, dims in zip(eqn.invars, eqn.invars[::-1], contracted, strict=True):
                 shape = operand.aval.shape
                 if len(shape) == 2 and shape[0] in ROWS and shape[1] in (DIM_Z, DIM_X):
                     way = "forward" if tuple(dims) == (1,) else "transposed"
-                    found[(*ROWS[shape[0]], "A" if shape[1] == DIM_Z else "B", way)] += share
+                    count = vectors.aval.size / shape[dims[0]]
+                    found[(*ROWS[shape[0]], "A" if shape[1] == DIM_Z else "B", way)] += share * count
         elif eqn.primitive.name == "cond":
             assert taken is not None, "a branch where none is declared"
             no, yes = eqn.params["branches"]
@@ -533,7 +538,34 @@ def products(jaxpr: Any, share: float = 1.0, taken: float | None = None) -> Coun
     return found
 
 
-def counted_calls(solver: Any, taken: float | None = None) -> dict[str, tuple]:
+def second_order(found: Counter, where: str) -> tuple[float, ...]:
+    """Calls where ``d_x g`` is taken in cross products only."""
+    gradients = found[where, "inner", "B", "forward"]
+    vector = found[where, "inner", "A", "transposed"] - gradients
+    return gradients, vector, found[where, "inner", "B", "transposed"], found[where, "outer", "B", "forward"]
+
+
+def first_order(found: Counter, where: str, points: int = 1) -> tuple[float, ...]:
+    """Calls where ``d_x g`` is taken at ``points`` z for each x: a gradient in z, in x or in both forms ``A z`` and ``B x``,
+    and at most one product with each transposed matrix.  What goes beyond counts as products with second derivatives."""
+    gradients = points * found[where, "inner", "B", "forward"]
+    vector = found[where, "inner", "A", "forward"] - gradients
+    more = (found[where, "inner", matrix, "transposed"] - gradients for matrix in "AB")
+    return gradients, vector, sum(max(count, 0) for count in more), points * found[where, "outer", "B", "forward"]
+
+
+def on_one_draw(found: Counter, where: str, again: float, more: float) -> tuple[float, ...]:
+    """Calls of a path all of whose steps share one ``B x``: an ``A z`` is of a gradient, or of a product beside a cross one.
+
+    Not declared are ``again`` steps that checkpoints take again, and ``more`` values, or products, of f."""
+    cross, every = found[where, "inner", "B", "transposed"], found[where, "inner", "A", "transposed"]
+    if where == "full":
+        again = more = 0
+    gradients = found[where, "inner", "A", "forward"] - cross - again
+    return gradients, every - gradients - again, cross, found[where, "outer", "A", "forward"] - more
+
+
+def counted_calls(solver: Any, taken: float | None = None, read: Any = second_order) -> dict[str, tuple]:
     """Oracle calls of one update, read off its jaxpr without what is never used."""
     problem, start, data = linear()
     del problem
@@ -542,25 +574,25 @@ def counted_calls(solver: Any, taken: float | None = None) -> dict[str, tuple]:
     state = jax.eval_shape(solver.init, start, batches)
     jaxpr = jax.make_jaxpr(solver.update)(state, batches).jaxpr
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    found, calls = products(jaxpr, taken=taken), {}
-    for where in ("draw", "full"):
-        gradients = found[where, "inner", "B", "forward"]
-        vector = found[where, "inner", "A", "transposed"] - gradients
-        cross = found[where, "inner", "B", "transposed"]
-        calls[where] = (gradients, vector, cross, found[where, "outer", "B", "forward"])
-    return calls
+    found = products(jaxpr, taken=taken)
+    return {where: read(found, where) for where in ("draw", "full")}
 
 
 #: How often a branch is taken: refreshes, and the factors of products of random length, half of them on average.
 TAKEN = {"srba": 1 / PERIOD, "vrbo": 1 / PERIOD, "spaba": PROBABILITY, "bsa": 0.5, "ttsa": 0.5, "sustain": 0.5}
 #: Loops that a tolerance ends, and dense matrices: these count as they go, and `test_double_loop` looks at what they say.
 COUNTED = {"aid_bio", "ba", "hoag", "stable"}
+#: How the others are read, but for those with products of second derivatives.
+READ = dict.fromkeys(set(FIRST_ORDER) - {"sl_bamm", "bda", "iaptt"}, first_order)
+READ["bda"] = partial(on_one_draw, again=0, more=3)  # of its three steps, products with second derivatives of f
+READ["iaptt"] = partial(on_one_draw, again=3, more=3)
+READ["f2sa_p"] = partial(first_order, points=NODES)
 
 
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name not in COUNTED])
 def test_declared_cost_is_that_of_the_program(name):
     solver = build(name, linear()[0])
-    calls = counted_calls(solver, TAKEN.get(name))
+    calls = counted_calls(solver, TAKEN.get(name), READ.get(name, second_order))
     np.testing.assert_allclose(calls["draw"], solver.cost.draw, atol=1e-12)
     np.testing.assert_allclose(calls["full"], solver.cost.full, atol=1e-12)
     assert sum(solver.cost.draw) >= 3

@@ -24,6 +24,7 @@ from experiments.data import (
     ijcnn1,
     images,
     mnist,
+    shifted,
     tables,
 )
 from experiments.data.files import FILES, Source, locate
@@ -515,6 +516,24 @@ def test_cleaning_test_rows(made_images):
     assert few.test_x.shape == (7, 64)
     assert len(rest.test_y) == 1797 - 150
     assert all((row == rest.test_x).all(axis=1).any() for row in few.test_x)
+
+
+def test_shifted_rows(made_images):
+    first = shifted("mnist", corruption=0.5, train=60, validation=40)
+    assert np.array_equal(first.train_true_y, np.arange(60) % 10)
+    assert np.array_equal(first.validation_y, np.arange(60, 100) % 10)
+    one, two = (shifted("mnist", corruption=0.5, train=600, validation=400, seed=k, shuffle=True) for k in (1, 2))
+    assert one.corrupted.sum() == 300  # of exactly half, as no label is shifted by 0
+    assert np.array_equal(one.corrupted, one.train_y != one.train_true_y)
+    assert not np.array_equal(one.train_x, two.train_x)
+    assert not np.array_equal(one.corrupted, two.corrupted)
+    assert np.array_equal(one.test_y, two.test_y)
+    np.testing.assert_allclose(one.train_x[:, :4].mean(), 0, atol=1e-5)
+    parts = shifted("digits", corruption=0.5, train=500, validation=500, seed=1, shuffle=True)
+    labels = np.concatenate([parts.train_true_y, parts.validation_y, parts.test_y])
+    assert np.array_equal(np.bincount(labels), np.bincount(arrays(load_digits)[1]))  # every row in one part
+    with pytest.raises(ValueError, match="validation: got 1297, expected at most 1296"):
+        shifted("digits", corruption=0.5, train=500, validation=1297)
 
 
 @pytest.mark.parametrize(

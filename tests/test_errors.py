@@ -19,6 +19,7 @@ from bilevel_jax import (
     descend,
     guard,
     implicit,
+    nonsmooth,
     per_sweep,
     run,
     samplers,
@@ -32,10 +33,12 @@ from bilevel_jax import stream as stream_run
 from bilevel_jax.estimators import ema, page, saga, sarah, storm
 from bilevel_jax.linear_solve import cg
 from bilevel_jax.oracles import aid
+from bilevel_jax.projections import proximal_sgd
 from bilevel_jax.testing import quadratic
 from bilevel_jax.types import Slot
+from bilevel_jax.value_oracles import moreau
 from tests.checks import ZERO
-from tests.tables import NESTED_LOOPS, SINGLE_LOOP, SOLVERS
+from tests.tables import FIRST_ORDER, NESTED_LOOPS, SINGLE_LOOP, SOLVERS
 
 ROWS = (10, 6)
 OPTS = Vars(*map(optax.sgd, (0.1, 0.1, 0.1)))
@@ -110,6 +113,12 @@ def other_slots() -> Any:
 
 def with_loss(inner: Any = None, outer: Any = None) -> Problem:
     return Problem(inner or good().inner, outer or good().outer)
+
+
+def proximal(change: Any) -> Any:
+    """MEHA with a proximal operator that changes what it is given."""
+    term = nonsmooth.Nonsmooth(lambda z, x: jnp.zeros(()), lambda point, step, x: change(point))
+    return solvers.meha(good(), Vars(*[proximal_sgd(0.1, term)] * 2, OPTS.outer), gamma=1.0, nonsmooth=term)
 
 
 def spoilt(value: float) -> np.ndarray:
@@ -385,6 +394,165 @@ CASES = {
         )
         for estimator, option in ((saga, ()), (sarah, (2,)), (page, (0.5,)))
     },
+    # first order
+    "gamma above 1 / (2 rho)": Case(
+        lambda: solvers.meha(good(), OPTS, gamma=0.6, rho=1.0), ValueError, ("gamma", "0.6", "at most 1 / (2 rho) = 0.5")
+    ),
+    **{
+        f"p of {p}": Case(lambda p=p: solvers.meha(good(), OPTS, gamma=1.0, p=p), ValueError, ("p:", f"{p}", "[0, 1/2)"))
+        for p in (0.5, -0.1)
+    },
+    **{
+        f"{name} of {value}": Case(
+            lambda name=name, value=value: solvers.meha(good(), OPTS, **{"gamma": 1.0, name: value}),
+            ValueError,
+            (f"{name}:", f"{value}", "expected a positive number"),
+        )
+        for name, value in (("gamma", 0.0), ("gamma", float("nan")), ("c_low", -1.0), ("rho", 0.0))
+    },
+    **{
+        f"multiplier of {value} for {make.__name__}": Case(
+            lambda make=make, value=value: make(good(), TWO if make is solvers.f2sa_p else OPTS, multiplier=value),
+            error,
+            ("multiplier:", f"{value!r}", "expected a positive number"),
+        )
+        for make in (solvers.f2sa, solvers.f2ba, solvers.f2sa_p, solvers.pbgd)
+        for value, error in ((0.0, ValueError), (float("inf"), ValueError), ("10", TypeError))
+    },
+    "nonsmooth without its prox": Case(
+        lambda: solvers.meha(good(), OPTS, gamma=1.0, nonsmooth=nonsmooth.l1()),
+        ValueError,
+        ("opts.inner", "another proximal step", "expected proximal_sgd(rate, nonsmooth)"),
+    ),
+    "a prox without nonsmooth": Case(
+        lambda: solvers.meha(good(), OPTS._replace(aux=proximal_sgd(0.1, nonsmooth.l1())), gamma=1.0),
+        ValueError,
+        ("opts.aux", "another proximal step", "expected no proximal_sgd without nonsmooth="),
+    ),
+    "the prox of another term": Case(
+        lambda: solvers.meha(
+            good(), Vars(*[proximal_sgd(0.1, nonsmooth.l1())] * 2, OPTS.outer), gamma=1.0, nonsmooth=nonsmooth.l1()
+        ),
+        ValueError,
+        ("opts.inner", "another proximal step than that of nonsmooth"),
+    ),
+    "a function for a term": Case(
+        lambda: moreau(good(), 1.0, gamma=1.0, nonsmooth=jnp.abs),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("nonsmooth:", "expected a term of bilevel_jax.nonsmooth"),
+    ),
+    "a function for a term of proximal_sgd": Case(
+        lambda: proximal_sgd(0.1, jnp.abs),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("term:", "expected a term of bilevel_jax.nonsmooth"),
+    ),
+    **{
+        f"a prox that changes the {what}": Case(
+            partial(go, solver=proximal(change)), ValueError, ("operator:", given, "expected", "float64")
+        )
+        for what, change, given in (
+            ("shape", lambda z: z[:1], "shape=(1,)"),
+            ("dtype", lambda z: z.astype(jnp.float32), "float32"),
+            ("structure", lambda z: {"u": z}, "'u'"),
+        )
+    },
+    "theta of another shape": Case(
+        lambda: go(solver=SOLVERS["meha"](good(), OPTS), vars=start()._replace(aux=jnp.ones(4))),
+        ValueError,
+        ("vars.aux", "float64[4]", "expected float64[2]", "vars.inner"),
+    ),
+    "one iterate for all nodes": Case(
+        lambda: go(solver=SOLVERS["f2sa_p"](good(), OPTS), vars=start()._replace(aux=jnp.ones(2))),
+        ValueError,
+        ("vars.aux", "(2,)", "expected a leading axis of length 4", "one iterate a node"),
+    ),
+    **{
+        f"order {order}": Case(
+            lambda order=order: solvers.f2sa_p(good(), TWO, order=order), error, ("order:", f"{order}", "expected", says)
+        )
+        for order, error, says in (
+            (3, ValueError, "1 or an even number"),
+            (0, ValueError, "at least 1"),
+            (2.0, TypeError, "an int"),
+        )
+    },
+    "an optimiser of the nodes as aux": Case(
+        lambda: solvers.f2sa_p(good(), OPTS), ValueError, ("opts.aux", "an optimiser", "expected None")
+    ),
+    "unknown control": Case(
+        lambda: solvers.bome(good(), OPTS, control="norm"), ValueError, ("control", "'norm'", "'gradient' or 'value'")
+    ),
+    "a rate of the barrier of 0": Case(
+        lambda: solvers.bome(good(), OPTS, eta=0.0), ValueError, ("eta", "0.0", "expected a positive number")
+    ),
+    **{
+        f"{name} of 0": Case(
+            lambda make=make, name=name: make(good(), OPTS, **{name: 0.0}),
+            ValueError,
+            (f"{name}:", "0.0", "expected a positive number"),
+        )
+        for make, name in ((solvers.bvfim, "strength"), (solvers.bvfim, "slack"), (solvers.bvfsm, "width"))
+    },
+    "a ball of radius 0": Case(
+        lambda: solvers.hjfbio(good(), OPTS, radius=0.0), ValueError, ("radius", "0.0", "expected a positive number")
+    ),
+    "differences without a distance": Case(
+        lambda: solvers.fdehbo(good(), OPTS, radius=1.0, scale=-1.0), ValueError, ("scale", "-1.0", "expected a positive")
+    ),
+    "eta of fdehbo above 1": Case(
+        lambda: solvers.fdehbo(good(), OPTS, radius=1.0, eta=2.0), ValueError, ("eta", "2.0", "[0, 1]")
+    ),
+    "more than all the weight on f": Case(
+        lambda: solvers.sl_bamm(good(), OPTS, weight=1.5), ValueError, ("weight", "1.5", "[0, 1]")
+    ),
+    "a negative weight of f on a path": Case(
+        lambda: solvers.bda(good(), TWO, weight=-0.5), ValueError, ("weight", "-0.5", "[0, 1]")
+    ),
+    "an optimiser of a start that is not used": Case(
+        lambda: go(solver=sweep(unroll(good(), OPTS, 2))),
+        ValueError,
+        ("opts.aux", "an optimiser", "expected None", "does not start from vars.aux"),
+    ),
+    "a learned start of a path cut short": Case(
+        lambda: unroll(good(), OPTS, 2, start=lambda vars: vars.aux, truncate=1),
+        ValueError,
+        ("truncate", "1", "expected None", "because the start moves"),
+    ),
+    **{
+        f"no outer data for {name}": Case(
+            lambda name=name: step(
+                SOLVERS[name](good(), OPTS), draws_of(SOLVERS[name](good(), OPTS).draws)._replace(outer=None)
+            ),
+            ValueError,
+            (says,),
+        )
+        for name, says in {
+            **dict.fromkeys(("meha", "f2sa", "f2ba", "pbgd", "hjfbio", "fdehbo"), "(is batch.outer or vars.aux None?)"),
+            **dict.fromkeys(("bome", "bvfim", "bvfsm", "sl_bamm", "bda", "iaptt", "f2sa_p"), "batch.outer: got None, expected"),
+        }.items()
+    },
+    # nonsmooth terms and projections
+    "groups with a gap": Case(
+        lambda: nonsmooth.group_lasso([0, 0, 2]), ValueError, ("groups", "[0, 2]", "expected 0, 1, ... without a gap")
+    ),
+    "groups from 1 on": Case(
+        lambda: nonsmooth.sparse_group_lasso([1, 2]), ValueError, ("groups", "[1, 2]", "expected 0, 1, ... without a gap")
+    ),
+    **{
+        f"groups of {what}": Case(lambda groups=groups: nonsmooth.group_lasso(groups), TypeError, ("groups", given, "ints"))
+        for what, groups, given in (
+            ("floats", [0.0, 1.0], "float64[2]"),
+            ("nothing", [], "[0]"),
+            ("a matrix", [[0, 1]], "int64[1, 2]"),
+        )
+    },
+    "z that is not as long as its groups": Case(
+        lambda: nonsmooth.group_lasso([0, 1]).prox(jnp.ones(3), 1.0, None), ValueError, ("z:", "(3,)", "expected (2,)")
+    ),
+    "low above high": Case(lambda: nonsmooth.box([0.0, 2.0], 1.0), ValueError, ("low", "[0.0, 2.0]", "at most high = 1.0")),
+    "low is NaN": Case(lambda: nonsmooth.box(float("nan"), 1.0), ValueError, ("low", "nan", "at most high = 1.0")),
+    "radius of a ball": Case(lambda: nonsmooth.ball(-1.0), ValueError, ("radius", "-1.0", "expected a positive number")),
+    "total of a simplex": Case(lambda: nonsmooth.simplex(0.0), ValueError, ("total", "0.0", "expected a positive number")),
     # default step sizes
     "default steps of a solver without opts": Case(
         lambda: solvers.default_opts(solvers.accbio, 0.1, outer=0.1), ValueError, ("solver:", "accbio", "expected one of")
@@ -482,6 +650,10 @@ CASES = {
 }
 
 COUNTS = {
+    "inner_steps of f2sa": lambda n: solvers.f2sa(good(), OPTS, inner_steps=n),
+    "inner_steps of f2sa_p": lambda n: solvers.f2sa_p(good(), TWO, inner_steps=n),
+    "inner_steps of bda": lambda n: solvers.bda(good(), TWO, inner_steps=n),
+    "inner_steps of iaptt": lambda n: solvers.iaptt(good(), OPTS, inner_steps=n),
     "steps": lambda n: go(steps=n),
     "every": lambda n: go(every=n),
     "batch_size": lambda n: samplers.uniform(n),
@@ -543,7 +715,8 @@ def test_counts_are_positive_ints(name, given):
 
 
 #: The variables that a solver moves.
-MOVED = dict.fromkeys(SINGLE_LOOP, Vars._fields) | dict.fromkeys(NESTED_LOOPS, ("inner", "outer"))
+MOVED = dict.fromkeys((*SINGLE_LOOP, *FIRST_ORDER), Vars._fields)
+MOVED |= dict.fromkeys((*NESTED_LOOPS, "f2sa_p", "bda"), ("inner", "outer"))
 
 
 @pytest.mark.parametrize(("name", "missing"), [(name, missing) for name in MOVED for missing in MOVED[name]])
@@ -557,6 +730,30 @@ def test_float64_is_refused_where_it_would_be_rounded():
     with jax.enable_x64(False):
         refused(partial(go, vars=wide), TypeError, ("vars.inner", "float64[2]", "jax_enable_x64 is off", "expected float32"))
     assert jax.eval_shape(partial(go, vars=wide))[0].state.vars.inner.dtype == jnp.float64
+
+
+def single(make: Any, multiplier: Any, dtype: Any) -> Any:
+    """One update of a solver in a precision, from its multiplier on."""
+    vars = jax.tree.map(lambda leaf: leaf.astype(dtype), start())
+    return step(make(multiplier), jax.tree.map(lambda leaf: leaf.astype(dtype), draws_of(make(multiplier).draws)), vars)
+
+
+MULTIPLIED = {
+    "meha": lambda c: solvers.meha(good(), OPTS, gamma=1.0, c_low=c, p=0.0),
+    "f2sa": lambda c: solvers.f2sa(good(), OPTS, multiplier=lambda k: c * (k + 1.0) ** 0.0, inner_steps=1),
+    "f2ba": lambda c: solvers.f2ba(good(), OPTS, multiplier=c, inner_steps=1),
+    "f2sa_p": lambda c: solvers.f2sa_p(good(), TWO, multiplier=c, inner_steps=1),
+    "pbgd": lambda c: solvers.pbgd(good(), OPTS, multiplier=c, inner_steps=1),
+}
+
+
+@pytest.mark.parametrize("name", MULTIPLIED)
+def test_a_multiplier_that_leaves_no_digits_warns(name):
+    """1e5 times a difference in float32, eps 1.2e-7, has 1.9 digits; in float64 it has ten; 100 is fine in both."""
+    call = partial(single, MULTIPLIED[name])
+    with pytest.warns(UserWarning, match=r"multiplier.*: got 100000, which leaves about 1\.9 decimal digits.*in float32"):
+        jax.eval_shape(lambda: call(1e5, jnp.float32))
+    jax.eval_shape(lambda: [call(*case) for case in ((1e5, jnp.float64), (100.0, jnp.float32))])  # warnings are errors here
 
 
 def test_the_good_call_is_good():

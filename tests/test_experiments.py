@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import tyro
+from sklearn.metrics import f1_score
 
-from bilevel_jax import Levels
+from bilevel_jax import Levels, run
 from experiments import data, data_cleaning, grid, harness, hyperparameter_selection, logistic
 from experiments.methods import METHODS, Name, Rates
 
@@ -224,6 +226,75 @@ def test_settings_of_the_thesis(tmp_path):
     assert np.isfinite(table["test_loss"]).all()
     losses = table.groupby("solver")["test_loss"].agg(["first", "last"])
     assert (losses["last"] < losses["first"]).all()
+
+
+def test_sizes_of_the_meha_setting(monkeypatch):
+    def made(dataset, **options):
+        assert options == {"corruption": 0.5, "train": 5000, "validation": 5000, "seed": 3, "shuffle": True}
+        return dataset
+
+    assert data_cleaning.load(data_cleaning.Config(setting="meha"), 1).train_x.shape == (500, 65)
+    monkeypatch.setattr(data, "shifted", made)
+    for dataset in ("mnist", "fashion_mnist"):
+        assert data_cleaning.load(data_cleaning.Config(setting="meha", dataset=dataset), 3) == dataset
+
+
+@pytest.mark.parametrize("shift", [-10.0, -0.3, 0.0, 10.0])
+def test_f1_is_that_of_scikit_learn(shift):
+    random = np.random.default_rng(0)
+    x, corrupted = random.normal(size=200) + shift, random.random(200) < 0.5
+    expected = f1_score(~corrupted, x >= 0, zero_division=0.0)
+    assert float(data_cleaning.f1(jnp.asarray(x), jnp.asarray(corrupted))) == pytest.approx(expected, abs=1e-6)
+
+
+def test_f1_of_the_start_and_of_the_truth():
+    corrupted = jnp.arange(10) % 2 == 0
+    assert float(data_cleaning.f1(jnp.zeros(10), corrupted)) == pytest.approx(2 / 3)
+    assert float(data_cleaning.f1(jnp.where(corrupted, -1.0, 1.0), corrupted)) == 1.0
+
+
+def test_meha_setting(tmp_path, monkeypatch):
+    """Two draws differ, cleaning is better than none, and a run goes on at the draw where it was left."""
+    monkeypatch.setattr(harness.Store, "draw", lambda *args: None)  # only the figure over all draws: figures are slow
+    settings = {"setting": "meha", "solvers": ("meha",), "draws": 2, "steps": 60, "evaluations": 2}
+    data_cleaning.main(data_cleaning.Config(**settings, out=tmp_path / "whole"))
+    table = rows(tmp_path / "whole")
+    ends = table[table["step"] > 0].groupby(["solver", "seed"]).last()
+    starts = table[table["step"] == 0].groupby(["solver", "seed"]).last()
+    assert starts.loc["meha", "f1"].to_numpy() == pytest.approx(2 / 3)
+    assert ends.loc["clean rows", "f1"].tolist() == [1, 1]
+    assert ends.loc["all rows", "f1"].to_numpy() == pytest.approx(2 / 3)
+    assert (ends.loc["meha", "f1"] > 0.85).all()
+    assert (ends.loc["meha", "test_error"] < ends.loc["all rows", "test_error"]).all()
+    assert ends.loc["meha", "validation_loss"].nunique() == 2
+    # an update of MEHA makes four inner gradients and two outer pairs, each of 500 rows
+    assert ends.loc["meha", "oracle_calls"].unique() == pytest.approx(60 * 6 * 500 / 64)
+    assert ends.loc["clean rows", "oracle_calls"].unique() == pytest.approx(60 * 6 * 500 / 64)
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "draw_2")
+    (tmp_path / "cut" / "history.csv").unlink()
+    plain = pd.read_csv(tmp_path / "whole" / "draw_2" / "baselines.csv")
+    monkeypatch.setattr(data_cleaning, "baselines", lambda *args: plain)  # they take longer than the solver
+    data_cleaning.main(data_cleaning.Config(**settings, out=tmp_path / "cut", resume=True))
+    pd.testing.assert_frame_equal(rows(tmp_path / "cut"), table, check_exact=True)
+    assert (tmp_path / "cut" / "figure.png").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in data_cleaning.MEHA if METHODS[name].full])
+def test_methods_of_the_meha_setting_step(name):
+    config = data_cleaning.Config(setting="meha")
+    made = data_cleaning.task(config, data_cleaning.load(config))
+    solver, sampler = harness.build(made, name, data_cleaning.MEHA[name], 64)
+    carry, _ = run(solver, sampler, made.start, made.data, jax.random.key(0), steps=20)
+    before, after = (made.measure(jax.tree.map(lambda leaf: leaf[None], vars)) for vars in (made.start, carry.state.vars))
+    assert after["validation_loss"] < before["validation_loss"]
+    assert float(abs(carry.state.vars.outer).max()) > 0.01
+
+
+def test_draws_are_for_the_meha_setting(tmp_path):
+    with pytest.raises(SystemExit, match="--draws: got 2, expected 1, or with --setting meha more"):
+        data_cleaning.main(data_cleaning.Config(draws=2, out=tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")

@@ -181,6 +181,11 @@ ROWS = {
         ),
         "of_the_lasso",
     ),
+    "`prox.prox_lasso": (lambda j, p: j.prox.prox_lasso(p["point"], 0.5, 1.0), "l1"),
+    "`prox.prox_group_lasso": (lambda j, p: j.prox.prox_group_lasso(p["point"], 0.5, 1.0), "group"),
+    "`projection.projection_box": (lambda j, p: j.projection.projection_box(p["point"], (-0.1, 1.0)), "box"),
+    "`projection.projection_l2_ball": (lambda j, p: j.projection.projection_l2_ball(p["point"], 1.0), "ball"),
+    "`projection.projection_simplex": (lambda j, p: j.projection.projection_simplex(p["point"], 1.0), "simplex"),
     "`FixedPointIteration": (
         lambda j, p: run(lambda: j.FixedPointIteration(p["cosine"], tol=1e-10), jnp.zeros(()), p["theta"]),
         "of_cosine",
@@ -211,4 +216,5 @@ def test_row_is_as_in_jaxopt(row):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own use of names that jax deprecates
         expected = theirs(jaxopt(), names)
-    close(names[name] if name in names else names["solved"][name][0], expected, tol=1e-6)
+    ours = {**{key: value for key, (value, _) in names["solved"].items()}, **names["near"], **names}
+    close(ours[name], expected, tol=1e-6)

@@ -14,6 +14,7 @@ from bilevel_jax.estimators import saga
 from bilevel_jax.linear_solve import richardson
 from bilevel_jax.samplers import Plan
 from bilevel_jax.types import Batch, Oracle, Terms
+from bilevel_jax.value_oracles import moreau
 from tests import references
 from tests.checks import (
     check_blocks,
@@ -25,7 +26,7 @@ from tests.checks import (
     check_solution,
     decay,
 )
-from tests.tables import MU, RATE, SOLVERS, STEPS, ragged, small, small_stream
+from tests.tables import C_LOW, GAMMA, MU, POWER, RATE, SOLVERS, STEPS, ragged, small, small_stream
 
 OPTS = Vars(*(decay(step, library=True) for step in STEPS))
 
@@ -137,6 +138,47 @@ def test_changed_solvers_are_caught(what):
     solver = SOLVERS[name](small().problem, OPTS) if make is None else make(small().problem, OPTS._replace(aux=None), **few)
     with pytest.raises(AssertionError):
         golden(solver, name, reference)
+
+
+def broken_meha(change: Any) -> Any:
+    """The three stages of MEHA on an oracle whose terms are changed by ``change(terms, c)``."""
+    c = lambda k: C_LOW * (k.astype(jnp.float64) + 1) ** POWER
+    good = moreau(small().problem, c, gamma=GAMMA)
+    bad = good._replace(terms=lambda vars, batch, step: change(good.terms(vars, batch, step), c(step)))
+    stages = (Vars(aux=OPTS.aux), Vars(outer=OPTS.outer), Vars(inner=OPTS.inner))
+    return sweep(*(descend(bad, opts) for opts in stages), aux=lambda z: z)
+
+
+def flipped_difference(terms: Terms, c: Any) -> Terms:
+    """d_x g(theta) - d_x g(z)."""
+    return terms._replace(inner=terms.inner._replace(outer=-terms.inner.outer))
+
+
+def multiplied_f(terms: Terms, c: Any) -> Terms:
+    """c f in place of f / c: the fault of the public code."""
+    return terms._replace(outer=jax.tree.map(lambda leaf: c**2 * leaf, terms.outer))
+
+
+def test_broken_moreau_envelopes_are_caught():
+    golden(broken_meha(lambda terms, c: terms), "meha")
+    for change in (flipped_difference, multiplied_f):
+        with pytest.raises(AssertionError):
+            golden(broken_meha(change), "meha")
+
+
+#: name of a row -> its reference with a fault of the kind that public code has, or that is easily made.
+FIRST_ORDER_FAULTS = {
+    "theta, then z, then x": ("meha", partial(references.meha, order="theta z x")),
+    "the mildest of a path": ("iaptt", partial(references.iaptt, pick=np.argmin)),
+    "the last of a path": ("iaptt", partial(references.iaptt, pick=lambda values: len(values) - 1)),
+}
+
+
+@pytest.mark.parametrize("what", FIRST_ORDER_FAULTS)
+def test_changed_first_order_references_are_caught(what):
+    name, reference = FIRST_ORDER_FAULTS[what]
+    with pytest.raises(AssertionError):
+        golden(SOLVERS[name](small().problem, OPTS), name, reference)
 
 
 def swap(levels: Levels) -> Levels:

@@ -28,7 +28,7 @@ from bilevel_jax import (
 from bilevel_jax.estimators import saga, total
 from bilevel_jax.types import Batch, Estimator, Solver, Table, Terms
 from tests.checks import check_no_copies, table_copies
-from tests.tables import SOLVERS, STEPS, build, tiny, tiny_sampler
+from tests.tables import SOLVERS, STEPS, build, tiny, tiny_sampler, tiny_start
 
 OPTS = Vars(*map(optax.sgd, STEPS))
 SLOTS = (37, 41)  # unmistakable numbers of blocks
@@ -220,7 +220,7 @@ def test_branches_under_vmap(name, guarded):
     solver = guard(solver) if guarded else solver
 
     def go(key):
-        return run(solver, tiny_sampler(), q.start, q.data, key, steps=2)
+        return run(solver, tiny_sampler(), tiny_start(name), q.data, key, steps=2)
 
     alone = primitives(jax.make_jaxpr(go)(jax.random.key(0)).jaxpr).count("cond")
     lanes = primitives(jax.make_jaxpr(jax.vmap(go))(jax.random.split(jax.random.key(0), LANES)).jaxpr).count("cond")

@@ -12,11 +12,10 @@ import optax
 from jax.core import Tracer
 
 from bilevel_jax import checks
-from bilevel_jax.estimators import storm
 from bilevel_jax.nonsmooth import Nonsmooth, ball
 from bilevel_jax.oracles import finite_difference, implicit
 from bilevel_jax.projections import project, term_of
-from bilevel_jax.solvers.single_loop import soba
+from bilevel_jax.solvers.single_loop import soba, storm_soba
 from bilevel_jax.solvers.steps import three, two
 from bilevel_jax.stages import assign
 from bilevel_jax.sweep import descend, same, sweep
@@ -48,20 +47,19 @@ def meha(
     Args:
         problem: f, and the smooth part gs of g.
         opts: optax transformations of z (beta), theta (eta) and x (alpha): constant steps.  Constraints are links of a chain
-            (`bilevel_jax.projections.project`, for z and theta alike).  Theory asks for eta <= 2 / (L + 1/gamma + 1/gamma -
-            rho) and small enough alpha and beta.
+            (`bilevel_jax.projections.project`, for z and theta alike).  Theory asks for eta <= 2 / (L + 2 / gamma - rho) and
+            small enough alpha and beta.
         gamma: parameter of the envelope; theory: below 1 / (2 rho), any for convex g.
         c_low, p: of c_k; theory: 0 <= p < 1/2.  With p = 0 the infeasibility does not vanish; a large c_low holds z to the
             basin of the inner problem in which it starts.
         rho: weak convexity of g in z, if known: then gamma is checked.
-        nonsmooth: r(z, x), of `bilevel_jax.nonsmooth`; z and theta then move by `bilevel_jax.projections.proximal_sgd` of the
-        same
-            term, so that each prox has the step of its gradient.
+        nonsmooth: r(z, x), of `bilevel_jax.nonsmooth`; the optimisers of z and theta are then made by
+            `bilevel_jax.projections.proximal_sgd` of the same term, so that each prox has the step of its gradient.  For a set
+            beside r see `bilevel_jax.nonsmooth.constrained`.
 
     Raises:
         TypeError, ValueError: for optimisers that are missing, numbers out of range, gamma above 1 / (2 rho), and optimisers of
-        z
-            and theta that do not end with the prox of ``nonsmooth``.
+            z and theta that are not those of ``nonsmooth`` (what is inside an `optax.chain` is not seen).
 
     Cost of an update: four inner gradients and two outer gradient pairs.
 
@@ -81,10 +79,12 @@ def meha(
     opts = three(opts)
     for name, value in (("gamma", gamma), ("c_low", c_low), *((("rho", rho),) if rho is not None else ())):
         checks.positive(name, value)
+    if callable(p) or isinstance(p, str):
+        raise TypeError(f"p: got {p!r}, expected a number in [0, 1/2)")
     if not isinstance(p, Tracer) and not 0 <= p < 0.5:
         raise ValueError(f"p: got {p}, expected a number in [0, 1/2)")
     if rho is not None and not isinstance(gamma * rho, Tracer) and 2 * gamma * rho > 1:
-        raise ValueError(f"gamma: got {gamma}, expected at most 1 / (2 rho) = {1 / (2 * rho):g}, so that theta is unique")
+        raise ValueError(f"gamma: got {gamma}, expected at most 1 / (2 rho) = {1 / (2 * rho):g}, as the theory asks")
     for name in ("inner", "aux"):
         if term_of(getattr(opts, name)) is not nonsmooth:
             wanted = "no proximal_sgd without nonsmooth=" if nonsmooth is None else "proximal_sgd(rate, nonsmooth)"
@@ -106,6 +106,8 @@ def f2sa(
 ) -> Solver:
     """F2SA: T steps of z on g and of y on ``g + f / lam``, then x along ``d_x f(y) + lam (d_x g(y) - d_x g(z))``.
 
+    For g strongly convex in z: where it has many minimisers, z stays at the one near its start.
+
     Args:
         problem: inner and outer loss.
         opts: optax transformations of z, y and x.  Paper: steps a (y), a' (z) and c (x) ~ k^-5/7, k^-4/7 and k^-4/7; here the
@@ -119,7 +121,7 @@ def f2sa(
     Cost of an update: 2 T + 2 inner gradients and T + 1 outer gradient pairs.
 
     Reference: Kwon, Kwon, Wright, Nowak, "A fully first-order method for stochastic bilevel optimization", ICML 2023, arXiv
-    2301.10945, Algorithm 1.  Their F3SA, with momentum, is the same with ``estimator=storm(...)`` in both stages.
+    2301.10945, Algorithm 1.  Their F3SA is a sweep of the same two stages with ``estimator=storm(...)``.
 
     Example:
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
@@ -135,9 +137,8 @@ def f2ba(problem: Problem, opts: Vars, *, multiplier: float = 100.0, inner_steps
     """F2BA: `f2sa` with a fixed multiplier, deterministic: its inner steps share one draw, and their momentum starts anew.
 
     Args:
-        problem, opts, inner_steps: as for `f2sa`.  Paper: constant steps; in theory lam ~ kappa^3 / eps and T ~ kappa log.
-        With
-            ``optax.sgd(rate, momentum, nesterov=True)`` for z and y the inner loops are accelerated.
+        problem, opts, inner_steps: as for `f2sa`.  Paper: constant steps; theory: lam ~ kappa^3 / eps, T ~ kappa log kappa.
+            With ``optax.sgd(rate, momentum, nesterov=True)`` for z and y the inner loops are accelerated.
         multiplier: lam.
 
     Raises:
@@ -163,7 +164,8 @@ def f2ba(problem: Problem, opts: Vars, *, multiplier: float = 100.0, inner_steps
 def f2sa_p(problem: Problem, opts: Vars, *, multiplier: Schedule = 100.0, order: int = 2, inner_steps: int = 10) -> Solver:
     """F2SA-p: T steps of every y_k on ``g + s_k f``, then x along the difference of order p of d_x of their minima.
 
-    The default among first-order solvers: p = 2 has a bias of O(lam^-2) at the cost of F2SA.
+    The default among first-order solvers where g is strongly convex in z: p = 2 has a bias of O(lam^-2) at the cost of F2SA.
+    Where g is flat along a direction that f sees, ``g - f / lam`` has no minimum, and the y of that node diverges.
 
     Args:
         problem: inner and outer loss.
@@ -280,8 +282,8 @@ def bvfim(
     *,
     inner_steps: int = 10,
     regularisation: Schedule = lambda k: 1.01**-k,
-    strength: Schedule = lambda k: 1.01**-k,
-    slack: Schedule = lambda k: 1.01**-k,
+    strength: Schedule = lambda k: (k + 1.0) ** -0.25,
+    slack: Schedule = lambda k: (k + 1.0) ** -0.5,
 ) -> Solver:
     """BVFIM: z by T steps on ``g + mu |z|^2 / 2``; y, from z, by T steps on f and a logarithmic barrier; then x.
 
@@ -290,10 +292,12 @@ def bvfim(
 
     Args:
         problem: inner and outer loss.
-        opts: optax transformations of z, y and x.
+        opts: optax transformations of z, y and x.  The curvature that y meets grows like the multiplier of g, at most 10 tau /
+            sigma: its steps must fall with that, or be small from the start.
         inner_steps: T, all on one draw.
-        regularisation, strength, slack: mu, tau and sigma, numbers or schedules of the update that fall to 0.  The paper's toy
-            experiments let them fall like 1.01^-k.
+        regularisation, strength, slack: mu, tau and sigma, numbers or schedules of the update that fall to 0, sigma faster
+            than tau.  In the paper's toy experiments all fall like 1.01^-k: then 10 tau / sigma does not grow, and x keeps the
+            bias of a penalty of that size.
 
     Returns:
         A deterministic solver: use it on all the data.  ``vars.inner`` holds z, and ``vars.aux`` y, which is the answer.
@@ -321,13 +325,13 @@ def bvfsm(
     *,
     inner_steps: int = 10,
     regularisation: Schedule = lambda k: 1.01**-k,
-    width: Schedule = lambda k: 1.01**-k,
+    width: Schedule = lambda k: (k + 1.0) ** -0.5,
 ) -> Solver:
     """BVFSM with the quadratic penalty: `bvfim` with ``max(gap, 0)^2 / (2 sigma)`` in place of the barrier.
 
     Args:
-        problem, opts, inner_steps, regularisation: as for `bvfim`.
-        width: sigma, a number or a schedule of the update that falls to 0.
+        problem, opts, inner_steps, regularisation: as for `bvfim`; the curvature that y meets grows as sigma falls.
+        width: sigma, a number or a schedule of the update that falls to 0; the bias of x falls with it.
 
     Returns, Raises, Cost of an update: as `bvfim`.
 
@@ -376,9 +380,7 @@ def hjfbio(problem: Problem, opts: Vars, *, radius: float, scale: float | None =
         >>> hjfbio(problem, Vars(*map(optax.sgd, (0.1, 0.1, 0.1))), radius=10.0).cost.draw.hessian_vector
         0.0
     """
-    opts = three(opts)
-    opts = opts._replace(aux=optax.chain(opts.aux, project(ball(radius))))
-    return soba(problem, opts, oracle=partial(finite_difference, scale=scale))
+    return soba(problem, _in_ball(opts, radius), oracle=partial(finite_difference, scale=scale))
 
 
 def fdehbo(
@@ -408,7 +410,10 @@ def fdehbo(
         >>> fdehbo(problem, Vars(*map(optax.sgd, (0.1, 0.1, 0.1))), radius=10.0).cost.draw.inner_gradient
         6.0
     """
-    checks.unit_interval("eta", eta)
+    return storm_soba(problem, _in_ball(opts, radius), eta=eta, oracle=partial(finite_difference, scale=scale))
+
+
+def _in_ball(opts: Vars, radius: float) -> Vars:
+    """v is projected after each of its steps."""
     opts = three(opts)
-    opts = opts._replace(aux=optax.chain(opts.aux, project(ball(radius))))
-    return sweep(descend(finite_difference(problem, scale=scale), opts, estimator=storm(eta)))
+    return opts._replace(aux=optax.chain(opts.aux, project(ball(radius))))

@@ -15,13 +15,13 @@ from jax.flatten_util import ravel_pytree
 from bilevel_jax import checks
 from bilevel_jax.estimators import narrow, on_full, storm, total, widen
 from bilevel_jax.linear_solve import neumann, random_neumann
+from bilevel_jax.optimisers import moved, value_at
 from bilevel_jax.oracles import aid, aid_terms, losses
-from bilevel_jax.projections import moved, value_at
 from bilevel_jax.results import Status, Tally, keep, tally
 from bilevel_jax.samplers import take_draw, take_window
 from bilevel_jax.solvers.steps import two
-from bilevel_jax.stages import widest
 from bilevel_jax.sweep import descend, sweep
+from bilevel_jax.trees import widest
 from bilevel_jax.types import Array, Batch, Calls, Cost, Problem, PyTree, Schedule, Solver, Stage, Vars
 
 

@@ -222,8 +222,8 @@ def sl_bamm(problem: Problem, opts: Vars, *, weight: Schedule = lambda t: 0.1 * 
     """sl-BAMM: SOBA on the inner loss ``(1 - mu_t) g + mu_t f``, which needs f, not g, strongly convex in z.
 
     Args:
-        problem, opts: as for `soba`.
-        weight: mu_t in [0, 1], a number or a schedule; paper: falling like (t + 1)^-e, and all three steps with it.
+        problem, opts: as for `soba`.  Paper: all three steps fall with the weight; `default_opts` makes constant ones.
+        weight: mu_t in [0, 1], a number or a schedule; paper: falling like (t + 1)^-e.
 
     Raises:
         TypeError, ValueError: for a missing optimiser and a weight outside [0, 1].

@@ -1,5 +1,6 @@
 """Data sets of the experiments: checked files in, NamedTuples of numpy arrays out."""
 
+from experiments.data.cifar import cifar10
 from experiments.data.few_shot import Characters, digits_by_class, fc100, mini_imagenet, sinusoids
 from experiments.data.files import DataFileError, locate
 from experiments.data.hyperclean import cleaning, shifted
@@ -18,6 +19,7 @@ __all__ = [
     "Table",
     "ThreeWay",
     "breast_cancer",
+    "cifar10",
     "cleaning",
     "covtype",
     "digits",

@@ -66,6 +66,14 @@ FILES: dict[str, Source] = {
         None, (OMNIGLOT + "images_evaluation.zip",), "MIT",
         (("omniglot/images_evaluation.rezipped.zip", "28bf75f0c948ef745eed99853c0983ff9d4e7e5943770f33d5603c650dda1e77"),),
     ),
+    "cifar10/cifar10_subset.npz": Source(
+        "cbd665d6902c76d0c063c3c125bcfeb2a4bf7b7b0e554efbe75bdd49e36c8efe", (), "none stated",
+        advice="this subset has no public home: use the full set, cifar10(full=True)",
+    ),
+    "cifar10/cifar-10-python.tar.gz": Source(
+        "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+        ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",), "none stated",
+    ),
     "covtype/covtype_92k.npz": Source(
         "dd8bb21415036dc51ba8d8a606251350eb218c6930bd8208039f165fb1c9446c", (), "CC BY 4.0",
         advice="this sample has no public home: use the full set, covtype(full=True)",

@@ -76,13 +76,22 @@ def cleaning(
     )
 
 
-def shifted(dataset: str, *, corruption: float, seed: int = 0) -> Cleaning:
+def shifted(
+    dataset: str,
+    *,
+    corruption: float,
+    train: int | None = None,
+    validation: int | None = None,
+    seed: int = 0,
+    shuffle: bool = False,
+) -> Cleaning:
     """Data hyper-cleaning as in the bilevel thesis: wrong labels are other classes, never the true one.
 
-    Train rows are the first 20,000 training images, validation rows the next 5,000 (digits: 1,000 and 400), test rows all
-    test images (digits: all remaining rows).  The labels of a share `corruption` of the train rows, drawn once by `seed`,
-    are shifted by 1 to 9 modulo 10.  Pixels are in [0, 1], normalised by MNIST's mean .1307 and deviation .3081 (digits: by
-    those of its train rows), with a last column of ones.
+    Train rows are the first 20,000 training images, validation rows the next 5,000 (digits: 1,000 and 400), or `train` and
+    `validation` of them; with `shuffle` both are drawn by `seed`.  Test rows are all test images (digits: all remaining
+    rows).  The labels of a share `corruption` of the train rows, drawn once by `seed`, are shifted by 1 to 9 modulo 10.
+    Pixels are in [0, 1], normalised by MNIST's mean .1307 and deviation .3081 (digits, and with `shuffle`: by those of the
+    train rows), with a last column of ones.
 
     Deviations from the public code: there the labels are shifted anew at every visit, so that the noise accumulates, and
     the validation rows are read at wrong positions.
@@ -93,9 +102,18 @@ def shifted(dataset: str, *, corruption: float, seed: int = 0) -> Cleaning:
         raise ValueError(f"dataset: got {dataset!r}, expected one of {sorted(LOADERS)}")
     if not 0 <= corruption <= 1:
         raise ValueError(f"corruption: got {corruption!r}, expected a number from 0 to 1")
-    train, validation = DEFAULTS[dataset]
+    train = DEFAULTS[dataset][0] if train is None else train
+    validation = DEFAULTS[dataset][1] if validation is None else validation
+    _count("train", train)
+    _count("validation", validation)
     data = LOADERS[dataset]()
-    rows, checks = slice(0, train), slice(train, train + validation)
+    total = len(data.train_y)
+    spare = 1 if dataset == "digits" else 0
+    _count("train", train, total - spare)
+    _count("validation", validation, total - spare - train)
+    rows, checks = np.split(np.arange(train + validation), [train])
+    if shuffle:
+        rows, checks = split(total, train_size=train, test_size=validation, random_state=seed)
     rng = np.random.default_rng(seed)
     true_y = data.train_y[rows]
     hit = rng.permutation(train)[: round(corruption * train)]
@@ -103,13 +121,14 @@ def shifted(dataset: str, *, corruption: float, seed: int = 0) -> Cleaning:
     noisy[hit] = (true_y[hit] + rng.integers(1, 10, len(hit))) % 10
 
     x = data.train_x.reshape(len(data.train_y), -1) / np.float32(data.train_x.max())
-    mean, deviation = (x[rows].mean(), x[rows].std()) if dataset == "digits" else (0.1307, 0.3081)
+    mean, deviation = (x[rows].mean(), x[rows].std()) if shuffle or dataset == "digits" else (0.1307, 0.3081)
 
     def features(pixels: np.ndarray) -> np.ndarray:
         return np.hstack([(pixels - mean) / deviation, np.ones((len(pixels), 1))]).astype(np.float32)
 
     if dataset == "digits":
-        test_x, test_y = x[train + validation :], data.train_y[train + validation :]
+        left = np.setdiff1d(np.arange(total), np.concatenate([rows, checks]))
+        test_x, test_y = x[left], data.train_y[left]
     else:
         test_x, test_y = data.test_x.reshape(len(data.test_y), -1) / np.float32(data.train_x.max()), data.test_y
     note = f"{data.note}, {corruption:g} of the train labels shifted; {train}/{validation}/{len(test_y)} rows"

@@ -42,4 +42,18 @@ wait passively unless OMP_WAIT_POLICY says otherwise: on a busy machine active o
 ``memory_mib``                             temporaries of the compiled program; PyTorch: growth of its process at the peak
 ``compile_s``                              seconds to trace, lower and compile
 =========================================  ==============================================================================
+
+``python -m experiments.speed first_order`` takes MEHA, BOME, F2SA-2 and AID-CG to one accuracy on two toy problems, each at the
+best of a small grid of settings, beside MEHA of boat-torch (``--torch-python``), which runs in a process of its own, on one
+thread, at the settings that are best for ours with the exponent 1/4 that it has built in.
+
+*first_order.csv*: one row a problem and method.
+
+=========================================  ==============================================================================
+``reached``, ``updates``, ``calls``        whether the accuracy is reached and kept within the limit; after how many updates
+                                           (else the limit) and oracle calls
+``update_us``, ``update_over_meha``        wall time of an update, and the median of its ratio to MEHA's within a repeat
+``to_accuracy_ms``                         of all updates; inf if the accuracy is not reached
+``setting``, ``end``                       step sizes and parameters; the means of x and z at the end
+=========================================  ==============================================================================
 """

@@ -9,14 +9,14 @@ from typing import Literal
 
 import tyro
 
-from experiments.speed import hypergradients, meta, steps
+from experiments.speed import first_order, hypergradients, meta, steps
 from experiments.speed.conditions import conditions, load
 from experiments.speed.timing import CAN_PIN, pinned
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Step times of solvers beside the floor.  ``hypergradients`` and ``meta`` as the first word time those instead."""
+    """Step times of solvers beside the floor.  ``hypergradients``, ``first_order`` or ``meta`` first times those instead."""
 
     shapes: tuple[Literal["ijcnn1", "covtype", "cleaning"], ...] = ("ijcnn1", "covtype", "cleaning")
     """Problems to time."""
@@ -37,7 +37,7 @@ class Settings:
 def main(args: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
     args = list(sys.argv[1:] if args is None else args)
-    others = {"hypergradients": hypergradients.main, "meta": meta.main}
+    others = {"hypergradients": hypergradients.main, "first_order": first_order.main, "meta": meta.main}
     if args and args[0] in others:
         others[args[0]](args[1:])
         return
