@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pandas as pd
 import tyro
 from tqdm import tqdm
 
-from bilevel_jax import Levels, Problem, Solver, begin, linear_solve, resume, samplers, solvers, spent
+from bilevel_jax import Levels, Problem, Solver, Vars, begin, linear_solve, resume, samplers, solvers, spent
 from bilevel_jax.testing import Quadratic, quadratic
 from bilevel_jax.types import Array
 from experiments import lower_bounds
@@ -103,7 +104,28 @@ def entries(q: Quadratic) -> dict[str, dict[str, Entry]]:
             "fo_itd_bio": Entry(double(solvers.fo_itd_bio, *exact, inner_steps=20), 100, full=True),
             "pzobo": Entry(double(solvers.pzobo, 1.0, 0.1, inner_steps=20, directions=20, radius=1e-3), 400, full=True),
         },
+        "first order, and for many inner solutions": {
+            "meha": three(solvers.meha, 0.5, 0.3, 0.2, 2000, gamma=1.0, c_low=100.0, p=0.2),
+            "f2sa": three(solvers.f2sa, 0.9, 0.9, 0.1, 400),
+            "f2ba": three(solvers.f2ba, 0.9, 0.9, 0.1, 400),
+            "f2sa_p": Entry(double(solvers.f2sa_p, 0.9, 0.1, inner_steps=20), 400, full=True),
+            "bome": three(solvers.bome, 1.0, 0.02, 0.02, 2000, inner_steps=20),
+            "pbgd": three(solvers.pbgd, 1.0, 0.3, 0.003, 4000, multiplier=100.0, inner_steps=20),
+            "bvfim": three(solvers.bvfim, 0.5, 0.05, 0.05, 2000),
+            "bvfsm": three(solvers.bvfsm, 0.5, 0.02, 0.02, 2000),
+            "hjfbio": three(solvers.hjfbio, 0.3, 0.3, 0.1, 2000, radius=50.0),
+            "fdehbo": three(solvers.fdehbo, 0.3, 0.3, 0.1, 2000, radius=50.0),
+            "sl_bamm": three(solvers.sl_bamm, 0.3, 0.3, 0.1, 2000),
+            "bda": Entry(double(solvers.bda, 0.9, 0.1, inner_steps=20), 400, full=True),
+            "iaptt": three(solvers.iaptt, 0.9, 0.3, 0.1, 400, inner_steps=20),
+        },
     }
+
+
+def three(make: Callable[..., Solver], inner: float, aux: float, outer: float, updates: int, **own: Any) -> Entry:
+    """A solver that steps all three variables, on all the data."""
+    opts = Vars(*map(optax.sgd, (inner, aux, outer)))
+    return Entry(lambda problem: make(problem, opts, **own), updates, full=True)
 
 
 MORE_STYLES = {
@@ -112,6 +134,13 @@ MORE_STYLES = {
     "fo_itd_bio": ("#44AA99", "-."),
     "accbio": ("#D55E00", "-"),
     "accbio_bg": ("#E69F00", "--"),
+    "bvfim": ("#999933", "-"),
+    "bvfsm": ("#999933", "--"),
+    "hjfbio": ("#0072B2", "-"),
+    "fdehbo": ("#0072B2", ":"),
+    "sl_bamm": ("#000000", "-"),
+    "bda": ("#882255", "-"),
+    "iaptt": ("#AA4499", "--"),
 }
 
 
@@ -129,7 +158,8 @@ def trace(entry: Entry, q: Quadratic, seeds: int, rows: int = 50) -> tuple[np.nd
             calls = read * sum(spent(solver, state)) + each * state.step.astype(jnp.float32)
             return carry, (calls, jnp.linalg.norm(q.gradient(state.vars.outer)))
 
-        _, (calls, norms) = jax.lax.scan(chunk, begin(solver, sampler, q.start, data, key), None, length=rows)
+        first = begin(solver, sampler, q.start._replace(aux=None), data, key)  # a second inner iterate starts at z, v at 0
+        _, (calls, norms) = jax.lax.scan(chunk, first, None, length=rows)
         return calls, norms / jnp.linalg.norm(q.gradient(q.start.outer))
 
     def lanes(keys: Array, data: Levels) -> tuple[Array, Array]:
@@ -156,7 +186,7 @@ def curves(q: Quadratic, seeds: int) -> pd.DataFrame:
 def draw(runs: pd.DataFrame, path: Path) -> None:
     """Root mean square of the error against oracle calls, one panel a family, with lines at the rates of theory."""
     families = runs["family"].unique()
-    figure, axes = plt.subplots(1, len(families), figsize=(13, 4.6), layout="constrained")
+    figure, axes = plt.subplots(1, len(families), figsize=(17, 4.8), layout="constrained")
     for axis, family in zip(axes, families, strict=True):
         part = runs.query("family == @family")
         for name in part["solver"].unique():
@@ -166,12 +196,12 @@ def draw(runs: pd.DataFrame, path: Path) -> None:
             x, y = (np.exp([line[near == n].mean() for n in np.unique(near)]) for line in (calls, np.asarray(log)))
             color, style = (STYLES | MORE_STYLES)[name]
             axis.loglog(x, y, style, color=color, label=name, linewidth=1.6)
-        if family != "deterministic":
+        if len(set(part["seed"])) > 1:
             calls = np.array([2e4, 4e5])
             for n, style in ((4, ":"), (3, "--")):
                 axis.loglog(calls, 0.005 * (calls / 4e5) ** (-1 / n), style, color="grey", label=f"slope -1/{n}", linewidth=1)
         axis.set(title=family, xlabel="oracle calls (on one sample)")
-        axis.legend(frameon=False, fontsize=8, loc="lower left", ncols=2 if family == "double loop, stochastic" else 1)
+        axis.legend(frameon=False, fontsize=8, loc="lower left", ncols=2 if len(set(part["solver"])) > 7 else 1)
         axis.grid(visible=True, which="major", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[1].set_ylim(bottom=4e-4)

@@ -92,9 +92,10 @@ def test_calls_are_counted_on_samples():
 
 
 def test_every_solver_is_compared():
-    """Those of the library, but aid_bio, which is there with two linear solvers; each has a style."""
+    """Those of the library, but aid_bio, which is there with two linear solvers, and those of tasks; each has a style."""
     names = [name for part in rates.entries(small()).values() for name in part]
-    assert set(names) - {"aid_cg", "aid_fp"} == set(solvers.__all__) - {"aid_bio", "default_opts"}
+    of_tasks = {"maml", "fomaml", "reptile", "anil", "imaml"}
+    assert set(names) - {"aid_cg", "aid_fp"} == set(solvers.__all__) - {"aid_bio", "default_opts", *of_tasks}
     assert set(names) <= set(rates.STYLES | rates.MORE_STYLES)
 
 
