@@ -111,7 +111,7 @@ def entries(q: Quadratic) -> dict[str, dict[str, Entry]]:
             "f2sa_p": Entry(double(solvers.f2sa_p, 0.9, 0.1, inner_steps=20), 400, full=True),
             "bome": three(solvers.bome, 1.0, 0.02, 0.02, 2000, inner_steps=20),
             "pbgd": three(solvers.pbgd, 1.0, 0.3, 0.003, 4000, multiplier=100.0, inner_steps=20),
-            "bvfim": three(solvers.bvfim, 0.5, 0.05, 0.05, 2000),
+            "bvfim": three(solvers.bvfim, 0.5, 0.02, 0.02, 2000),
             "bvfsm": three(solvers.bvfsm, 0.5, 0.02, 0.02, 2000),
             "hjfbio": three(solvers.hjfbio, 0.3, 0.3, 0.1, 2000, radius=50.0),
             "fdehbo": three(solvers.fdehbo, 0.3, 0.3, 0.1, 2000, radius=50.0),
