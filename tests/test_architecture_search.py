@@ -157,6 +157,7 @@ def test_supernet_with_one_hot_logits_is_the_discrete_network():
     assert genotype.discrete(x, FEW) == CHOSEN
 
 
+@pytest.mark.slow
 def test_full_setting_traces():
     setting = experiment.SETTINGS["full"]
     batch = jax.ShapeDtypeStruct((setting.batch_size, 32, 32, 3), jnp.float32)
