@@ -52,7 +52,7 @@ SMALL = {
     "anil": Rates(0.4, 5, 3e-3),
     "imaml": Rates(0.1, 10, 3e-3),
     "fomaml": Rates(0.1, 5, 3e-3),
-    "reptile": Rates(0.1, 5, 1e-3),
+    "reptile": Rates(0.1, 5, 3e-3),
     "meha": Rates(0.4, 10, 3e-3),
     "itd_bio": Rates(0.4, 5, 3e-3),
     "fo_itd_bio": Rates(0.4, 5, 3e-3),
@@ -60,7 +60,7 @@ SMALL = {
 
 SETTINGS: dict[str, dict[str, Setting]] = {
     "laptop": {
-        "digits": Setting(5, 1, 5, 16, 500, SMALL),
+        "digits": Setting(5, 1, 5, 16, 600, SMALL),
         "omniglot": Setting(5, 1, 5, 16, 2400, SMALL),
         "sinusoid": Setting(1, 10, 10, 25, 2000, {
             "maml": Rates(0.01, 5, 1e-3, 10),

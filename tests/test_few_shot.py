@@ -29,10 +29,11 @@ from experiments.networks import ConvNet, Convolution, functional
 
 def test_digits_are_held_out():
     digits = data.digits_by_class()
-    assert digits.train.shape == (14, 174, 8, 8, 1)
+    assert digits.train.shape == (28, 174, 8, 8, 1)
     assert digits.test.shape == (6, 174, 8, 8, 1)
     assert digits.train.max() == 255
     np.testing.assert_array_equal(digits.test[3, 5], np.rot90(digits.test[0, 5]))
+    np.testing.assert_array_equal(digits.train[15, 5], np.rot90(digits.train[1, 5], 2))
     seen = {image.tobytes() for image in digits.train.reshape(-1, 64)}
     assert not seen & {image.tobytes() for image in digits.test.reshape(-1, 64)}
 
