@@ -34,8 +34,8 @@ def maml(
         inner_steps: N.
         first_order: FOMAML: see `fomaml`.
         loop: over the tasks: see `bilevel_jax.tasks.over_tasks`.
-        checkpoint: what the backward pass recomputes: see `bilevel_jax.hypergrad.iterative`.  Every step by default, for networks
-            whose activations are large; on small ones ``"none"`` is a fifth to a third faster, and needs no more memory.
+        checkpoint: what the backward pass recomputes: see `bilevel_jax.hypergrad.iterative`.  Every step by default, for
+            networks whose activations are large; on small ones ``"none"`` is up to a third faster, and needs no more memory.
 
     Raises:
         TypeError, ValueError: for optimisers that are missing or not wanted, and arguments out of range.
