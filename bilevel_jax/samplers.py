@@ -231,7 +231,7 @@ def episodes(tasks: int, *, ways: int, shots: int, queries: int) -> Sampler:
             first, second = jax.random.split(key)
             chosen = _distinct(first, classes, ways)
             items = jax.vmap(lambda k: _distinct(k, each, shots + queries))(jax.random.split(second, ways))
-            samples = data.inner[chosen[:, None], items]
+            samples = jnp.asarray(data.inner)[chosen[:, None], items]
             parts = samples[:, :shots], samples[:, shots:]
             labels = (jnp.repeat(jnp.arange(ways, dtype=jnp.int32), count) for count in (shots, queries))
             flat = (part.reshape(-1, *part.shape[2:]) for part in parts)

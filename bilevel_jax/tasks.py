@@ -61,8 +61,7 @@ def through_steps(
         steps: inner steps N.
         start: where z starts, a function of the variables: ``vars.outer`` for MAML, a part of it for ANIL.
         first_order: whether the inner gradients count as constants: the derivative of z_N in its start is then the identity
-        (for
-            sgd), and x has no influence on the path but through the start.
+            (for sgd), and x has no influence on the path but through the start, and through ``scale``.
         scale: ``(gradient, x) -> direction`` of the inner steps, for rates that are learned as a part of x.
         checkpoint: what the backward pass recomputes: see `bilevel_jax.hypergrad.iterative`.
 
@@ -126,8 +125,9 @@ def proximal(
     solver = cg(max_steps=5) if solver is None else solver
 
     def inner(z: PyTree, x: PyTree, data: PyTree) -> Array:
-        squares = jax.tree.map(lambda a, b: ((a - b) ** 2).sum(), z, x)
-        return problem.inner(z, x, data) + strength / 2 * sum(jax.tree.leaves(squares))
+        loss = problem.inner(z, x, data)
+        squares = jax.tree.map(lambda a, b: ((a - b) ** 2).sum().astype(loss.dtype), z, x)
+        return loss + strength / 2 * sum(jax.tree.leaves(squares))
 
     pulled = Problem(inner, problem.outer)
     gradient = by_linear_solve(solver)
@@ -142,7 +142,7 @@ def proximal(
 
 
 def displacement(problem: Problem, opt: optax.GradientTransformation, steps: int) -> Adaptation:
-    """Reptile: ``x - z_N`` in place of a gradient; the query data are not used.
+    """Reptile: ``x - z_N`` in place of a gradient; the query data must be there, as for all, but are not used.
 
     Args:
         problem: the losses of one task, z like x.
@@ -212,8 +212,7 @@ def over_tasks(adaptation: Adaptation, opt: optax.GradientTransformation, *, loo
         adaptation: `through_steps`, `proximal`, `displacement`, or your own.
         opt: optimiser of x.
         loop: how the tasks are looped over; all give the same step up to rounding.  ``"vmap"`` is for accelerators: one program
-        on
-            all tasks at once.  On a CPU it turns the convolutions of different weights into grouped ones, which are ten times
+            on all tasks at once.  On a CPU it turns the convolutions of different weights into grouped ones, which are ten times
             slower; ``"scan"`` takes the tasks one after the other, gradient inside the loop, and holds one of them in
             memory.  ``"map"`` is a scan that stacks what the tasks say before it is averaged; ``"unrolled"`` writes the tasks
             out, and compiles for as long.  ``"auto"`` is scan on a CPU, vmap elsewhere.
@@ -266,7 +265,10 @@ def over_tasks(adaptation: Adaptation, opt: optax.GradientTransformation, *, loo
     def init(vars: Vars, batches: Batch) -> TasksState:
         if batches.outer is None:
             raise ValueError("batch.outer: got None, expected the query data of the tasks")
-        jax.eval_shape(lambda b: every(vars, take_draw(b, 0)), batches)
+        if jax.tree.leaves(batches.weight):
+            raise ValueError("batch.weight: got row weights, expected None: every task counts the same")
+        adapted = jax.eval_shape(lambda b: every(vars, take_draw(b, 0)), batches).inner
+        checks.same_shapes("vars.inner", vars.inner, adapted, "the adapted z")
         with jax.numpy_dtype_promotion("standard"):
             return TasksState(opt.init(vars.outer), Status(jnp.zeros((), jnp.int32)))
 

@@ -139,6 +139,8 @@ def anil(
         1
     """
     opts = two(opts)
+    if not callable(adapted):
+        raise TypeError(f"adapted: got {adapted!r}, expected a function of the path of a leaf, as lambda path: 'head' in path")
 
     def part(params: PyTree) -> PyTree:
         return select(params, adapted)
