@@ -212,7 +212,8 @@ def over_tasks(adaptation: Adaptation, opt: optax.GradientTransformation, *, loo
         adaptation: `through_steps`, `proximal`, `displacement`, or your own.
         opt: optimiser of x.
         loop: how the tasks are looped over; all give the same step up to rounding.  ``"vmap"`` is for accelerators: one program
-            on all tasks at once.  On a CPU it makes grouped convolutions of those with different weights, ten times slower; ``"scan"`` takes the tasks one after the other, gradient inside the loop, and holds one of them in
+            on all tasks at once.  On a CPU it makes grouped convolutions of those with different weights, ten times slower;
+            ``"scan"`` takes the tasks one after the other, gradient inside the loop, and holds one of them in
             memory.  ``"map"`` is a scan that stacks what the tasks say before it is averaged; ``"unrolled"`` writes the tasks
             out, and compiles for as long.  ``"auto"`` is scan on a CPU, vmap elsewhere.
 
