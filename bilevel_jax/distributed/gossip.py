@@ -21,6 +21,7 @@ from bilevel_jax import checks
 from bilevel_jax.oracles import implicit
 from bilevel_jax.samplers import Plan, Sampler
 from bilevel_jax.solvers.single_loop import MakeOracle, ma_soba
+from bilevel_jax.trees import widest
 from bilevel_jax.types import Array, Batch, BilevelState, Levels, Problem, PyTree, Schedule, Solver, Vars
 
 #: Which axis of a state, and of a stacked batch, is that of the agents: the count of updates is one for all.
@@ -176,7 +177,7 @@ def mix(mixing: Any, tree: PyTree) -> PyTree:
     """
 
     def one(leaf: Array) -> Array:
-        wide = jnp.promote_types(leaf.dtype, jnp.float32)
+        wide = widest(leaf)
         weights = jnp.asarray(mixing, wide)
         return jnp.tensordot(weights, leaf.astype(wide), 1, precision=lax.Precision.HIGHEST).astype(leaf.dtype)
 
