@@ -5,6 +5,7 @@ Codes are int32 arrays, so that they live in states, under jit and vmap; the lar
 
 import enum
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilevel_jax import checks
+from bilevel_jax.trees import widest
 from bilevel_jax.types import Array, Batch, BilevelState, Calls, PyTree, Solver, Table, Vars
 
 
@@ -124,47 +127,111 @@ def all_finite(tree: PyTree) -> Array:
     return jnp.stack([jnp.array(True), *(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))]).all()
 
 
-def guard(solver: Solver) -> Solver:
-    """Freeze a solver at its last finite state: from the first update that gives NaN or infinity on, nothing moves.
+class Guarded(NamedTuple):
+    """What `guard` keeps: the second of the two entries of ``state.stages``, the first of which holds those of the solver."""
 
-    The selection between old and new runs over every leaf but the tables, which would be copied at every step.  That is
-    exact: a table only receives the row that was pending since an accepted step.  ``step`` goes on counting.
+    status: Status  # NONFINITE or DIVERGED once an update was refused
+    frozen: Array  # bool [], whether nothing moves any more
+    scale: Array | None = None  # float [], of the rates; None where they are not halved
+    accepted: Array | None = None  # int32 [], updates that were not refused; None likewise
+
+
+def guard(solver: Solver | Callable[[Array | float], Solver], *, halvings: int = 0, limit: float = math.inf) -> Solver:
+    """Refuse updates that give NaN or infinity, and keep the last finite state; then stop, or go on with half the rates.
+
+    By default the first refusal freezes the solver: from then on nothing moves.  With ``halvings``, give a function from a
+    scale to the solver whose rates are multiplied by it.  The scale starts at 1, lives in the state, and is halved at every
+    refusal; the next draw is then tried from the last finite state.  Only after so many halvings does a refusal freeze.
+
+    Refusing is exact.  The selection between old and new runs over every leaf but the tables, which would be copied at every
+    step: a table only receives the row that was pending since an accepted step.  ``step`` goes on counting, and chooses the
+    draws; a solver whose rates are halved itself counts the accepted updates (``step`` of its schedules and refreshes), so that
+    it goes through the states that it would go through on the accepted draws alone.
 
     Args:
-        solver: any solver.
+        solver: any solver, or, with ``halvings``, a function ``scale -> solver`` (``scale`` is 1.0, or a traced float [] of the
+            widest dtype of the variables).
+        halvings: how often the rates may be halved, 100 at most.
+        limit: refuse, too, what makes an entry of the variables larger than this in absolute value.  Without it a state counts
+            as good until it overflows, and few solvers find back from 1e38, at whatever rate.  It is divided by the scale: a
+            state just under the limit may have to move outwards before it comes back, at any rate.
 
     Returns:
-        A solver of the same draws and cost, whose state ends with a ``Status``: see `worst`.
+        A solver of the same draws and cost, whose state ends with a `Guarded`: see `worst` and `frozen`.  Its code is that of
+        the worst refusal (NONFINITE, or DIVERGED if it was the limit), also where the solver went on.
+
+    Raises:
+        TypeError, ValueError: for ``halvings`` out of range, a ``limit`` that is not positive, a solver where a function is
+            expected and the other way round.
+
+    Cost: that of the solver.  Under vmap every lane has a scale of its own; with ``halvings`` it has a count of its own, too,
+    so that estimators that refresh by the count (SARAH) pay a full pass at every step there.
 
     Example:
         >>> import optax
         >>> from bilevel_jax.solvers import soba
         >>> from bilevel_jax.types import Problem
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
-        >>> solver = guard(soba(problem, Vars(*(optax.sgd(1e30),) * 3)))
+        >>> def build(scale):
+        ...     return soba(problem, Vars(*(optax.sgd(r * scale) for r in (2.0, 2.0, 0.5))))
         >>> batches = Batch(inner=jnp.zeros((1, 1)), outer=jnp.zeros((1, 1)))
-        >>> state = solver.init(Vars(inner=jnp.ones(1), outer=jnp.zeros(1)), batches)
-        >>> for _ in range(5):
-        ...     state = solver.update(state, batches)
-        >>> bool(all_finite(state.vars)), Result(int(worst(state))).name
-        (True, 'NONFINITE')
+        >>> def end(solver):
+        ...     state = solver.init(Vars(inner=jnp.ones(1), outer=jnp.zeros(1)), batches)
+        ...     return jax.lax.fori_loop(0, 300, lambda _, state: solver.update(state, batches), state)
+        >>> stopped, halved = end(guard(build(1.0), limit=100.0)), end(guard(build, halvings=20, limit=100.0))
+        >>> Result(int(worst(stopped))).name, bool(frozen(stopped)), bool(frozen(halved)), float(halved.stages[1].scale)
+        ('DIVERGED', True, False, 0.25)
+        >>> bool(jnp.abs(halved.vars.inner[0]) < 1e-3 < jnp.abs(stopped.vars.inner[0]))
+        True
     """
+    if not 0 <= checks.positive_int("halvings", halvings, least=0) <= 100:
+        raise ValueError(f"halvings: got {halvings}, expected at most 100")
+    if limit != math.inf:
+        checks.positive("limit", limit)
+    if halvings and (isinstance(solver, Solver) or not callable(solver)):
+        raise TypeError(f"solver: got {type(solver).__name__}, expected, with halvings, a function from a scale to a solver")
+    declared = solver(1.0) if halvings else solver  # type: ignore[operator]
+    if not isinstance(declared, Solver):
+        raise TypeError(f"solver: got {type(declared).__name__}, expected a Solver (a function of a scale only with halvings)")
 
     def init(vars: Vars, batches: Batch) -> BilevelState:
-        state = solver.init(vars, batches)
-        return state._replace(stages=(state.stages, Status(jnp.zeros((), jnp.int32))))
+        state = declared.init(vars, batches)
+        own = Guarded(Status(jnp.zeros((), jnp.int32)), jnp.array(False))
+        if halvings:
+            own = own._replace(scale=jnp.ones((), widest(state.vars)), accepted=jnp.zeros((), jnp.int32))
+        return state._replace(stages=(state.stages, own))
 
     def update(state: BilevelState, batches: Batch) -> BilevelState:
-        stages, status = state.stages
-        old = state._replace(stages=stages)
-        new = solver.update(old, batches)
-        accept = (status.code == Result.SUCCESSFUL) & all_finite((new.vars, _without_tables(new.stages)))
+        stages, own = state.stages
+        old = state._replace(stages=stages, step=state.step if own.accepted is None else own.accepted)
+        new = (solver(own.scale) if halvings else declared).update(old, batches)  # type: ignore[operator]
+        finite = all_finite((new.vars, _without_tables(new.stages)))
+        good = finite & _within(limit if own.scale is None else limit / own.scale, new.vars)
+        kept = keep(good & ~own.frozen, new, old)
+        refused = ~good & ~own.frozen
+        code = jnp.where(finite, jnp.int32(Result.DIVERGED), jnp.int32(Result.NONFINITE))
+        status = Status(jnp.maximum(own.status.code, jnp.where(refused, code, jnp.int32(Result.SUCCESSFUL))))
+        if own.scale is None:
+            own = Guarded(status, own.frozen | refused)
+        else:
+            used_up = own.scale <= 0.5**halvings  # powers of two: exact
+            scale = jnp.where(refused & ~used_up, own.scale / 2, own.scale)
+            own = Guarded(status, own.frozen | (refused & used_up), scale, kept.step)
+        return BilevelState(state.step + 1, kept.vars, (kept.stages, own))
 
-        kept = keep(accept, new, old)
-        code = jnp.where(accept, Result.SUCCESSFUL, Result.NONFINITE).astype(jnp.int32)
-        return BilevelState(new.step, kept.vars, (kept.stages, Status(code)))
+    return declared._replace(init=init, update=update)
 
-    return solver._replace(init=init, update=update)
+
+def frozen(state: PyTree) -> Array:
+    """Whether a `guard` has frozen the solver of a state: a bool scalar, False where there is no guard."""
+    found = [g.frozen for g in jax.tree.leaves(state, is_leaf=_is_guarded) if _is_guarded(g)]
+    return jnp.stack([jnp.array(False), *found]).any()
+
+
+def _within(limit: float | Array, vars: Vars) -> Array:
+    """Whether no entry is larger than the limit."""
+    wide = widest(vars)
+    return jnp.stack([(jnp.abs(leaf).astype(wide) <= limit).all() for leaf in jax.tree.leaves(vars)]).all()
 
 
 def keep(accept: Array, new: PyTree, old: PyTree) -> PyTree:
@@ -181,6 +248,10 @@ def keep(accept: Array, new: PyTree, old: PyTree) -> PyTree:
 
 def _is_status(node: Any) -> bool:
     return isinstance(node, Status)
+
+
+def _is_guarded(node: Any) -> bool:
+    return isinstance(node, Guarded)
 
 
 def _is_tally(node: Any) -> bool:

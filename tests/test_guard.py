@@ -11,7 +11,7 @@ import pytest
 
 from bilevel_jax import Levels, Result, Vars, begin, descend, guard, implicit, resume, run, sweep, worst
 from bilevel_jax.estimators import SagaState, flush, saga
-from bilevel_jax.results import Status, all_finite
+from bilevel_jax.results import Guarded, Status, all_finite, frozen
 from tests.checks import check_same
 from tests.tables import ACCELERATED, STEPS, build, distance, every_kind, kinds, stream, tiny, tiny_sampler, tiny_start
 
@@ -58,7 +58,7 @@ def fine(tree: Any) -> bool:
 
 def own_code(state: Any) -> int:
     """That of the guard alone: the stages of a solver have theirs."""
-    return int(state.stages[1].code)
+    return int(state.stages[1].status.code)
 
 
 @kinds(*ACCELERATED, "bvfsm", "bda", "iaptt")  # which take no wild steps, or overflow within the first update
@@ -69,8 +69,8 @@ def test_guard_freezes_the_last_finite_state(name):
     last = max(t for t, state in enumerate(states) if fine(state))
     assert 1 <= last < 8, "it should diverge on the way"
     assert codes == [Result.SUCCESSFUL] * (last + 1) + [Result.NONFINITE] * (9 - last)
-    inner, status = held[-1].stages
-    assert isinstance(status, Status)
+    inner, own = held[-1].stages
+    assert isinstance(own, Guarded)
     check_same(flushed((held[-1].vars, inner)), flushed((states[last].vars, states[last].stages)), tol=1e-12)
     assert fine(held[-1])
     assert int(held[-1].step) == 9
@@ -199,3 +199,140 @@ def test_codes():
     assert worst(()).dtype == jnp.int32
     trees = ((), {"a": jnp.ones(2)}, {"a": jnp.array([1.0, jnp.inf])}, [jnp.ones(1), jnp.array(jnp.nan)])
     assert [bool(all_finite(tree)) for tree in trees] == [True, True, False, False]
+
+
+# ---- going on with half the rates ---------------------------------------------------------------------------------------
+
+LIMIT = 50.0
+
+
+def halvable(name: str, steps: Vars) -> Any:
+    """The solver as a function of the scale of its rates."""
+    return lambda scale: build(name, tiny().problem, Vars(*(scale * step for step in steps)))
+
+
+@cache
+def halving_steppers(name: str, halvings: int) -> tuple[Any, Any]:
+    """The compiled updates of a solver at a scale, and of the guarded one, as functions of the rates."""
+
+    def bare(rates, scale, state, batch):
+        return halvable(name, rates)(scale).update(state, batch)
+
+    def guarded(rates, state, batch):
+        return guard(halvable(name, rates), halvings=halvings, limit=LIMIT).update(state, batch)
+
+    return jax.jit(bare), jax.jit(guarded)
+
+
+def large(vars: Vars, limit: float) -> bool:
+    return any(bool(jnp.abs(leaf).max() > limit) for leaf in jax.tree.leaves(vars))
+
+
+@pytest.mark.parametrize("name", ["soba", "saba", "srba", "amigo", "meha"])
+def test_halving_goes_through_the_states_of_the_accepted_draws(name):
+    """Against a loop on the host that tries every draw, throws away what diverges, and halves the scale of the rates."""
+    wild, halvings = Vars(*(40 * step for step in STEPS)), 20
+    bare, guarded = halving_steppers(name, halvings)
+    solver = guard(halvable(name, wild), halvings=halvings, limit=LIMIT)
+    batches = stream(solver.draws)
+    state = solver.init(tiny_start(name), batches[0])
+    plain = halvable(name, wild)(1.0).init(tiny_start(name), batches[0])
+    scale, refused = 1.0, []
+    for t, batch in enumerate(batches):
+        state = guarded(wild, state, batch)
+        tried = bare(wild, jnp.asarray(np.float64(scale)), plain, batch)
+        if fine(tried) and not large(tried.vars, LIMIT / scale):
+            plain = tried
+        else:
+            refused.append(t)
+            scale /= 2
+        inner, own = state.stages
+        assert (float(own.scale), int(own.accepted), int(state.step)) == (scale, t + 1 - len(refused), t + 1)
+        check_same(flushed((state.vars, inner)), flushed((plain.vars, plain.stages)), tol=1e-10)
+    assert 1 <= len(refused) < 15, "it should diverge, and then go on"
+    assert refused[-1] < len(batches) - 1
+    assert int(worst(state)) == Result.DIVERGED
+    assert not bool(frozen(state))
+
+
+def test_halving_changes_nothing_where_nothing_diverges():
+    """Bit for bit: a scale of 1 of the dtype of the variables is no rounding."""
+    solver = guard(halvable("saba", STEPS), halvings=3)
+    bare = halvable("saba", STEPS)(1.0)
+    go = jax.jit(lambda s: run(s, tiny_sampler(), tiny().start, tiny().data, jax.random.key(3), steps=12), static_argnums=0)
+    (carry, _), (plain, _) = go(solver), go(bare)
+    check_same(carry.state.vars, plain.state.vars, tol=1e-14)
+    assert (solver.draws, solver.cost, solver.lazy) == (bare.draws, bare.cost, bare.lazy)
+    assert carry.state.stages[1].scale.dtype == jnp.float64
+    assert int(carry.result) == Result.SUCCESSFUL
+
+
+def test_lanes_halve_on_their_own():
+    """In one compiled run: a rate that is small enough, one that takes a few halvings, and one for which they run out."""
+    rates = np.array([1.0, 40.0, 1e9])
+
+    def go(factor):
+        steps = Vars(*(factor * step for step in STEPS))
+        solver = guard(lambda scale: build("saba", tiny().problem, Vars(*(scale * s for s in steps))), halvings=6, limit=LIMIT)
+        return run(solver, tiny_sampler(), tiny().start, tiny().data, jax.random.key(3), steps=40, every=4, metrics=x_of)
+
+    together, alone = jax.jit(jax.vmap(go)), jax.jit(go)
+    carry, history = together(jnp.asarray(rates))
+    own = carry.state.stages[1]
+    assert own.frozen.tolist() == [False, False, True]
+    assert carry.result.tolist() == [Result.SUCCESSFUL, Result.DIVERGED, Result.DIVERGED]
+    assert float(own.scale[0]) == 1.0
+    assert 2.0**-6 <= float(own.scale[1]) < 1.0
+    assert float(own.scale[2]) == 2.0**-6
+    assert np.isfinite(history["x"]).all()
+    assert fine(flushed(jax.vmap(lambda c: c)(carry.state.vars)))
+    for lane, rate in enumerate(rates):
+        single, rows = alone(jnp.asarray(rate))
+        check_same(jax.tree.map(lambda leaf, k=lane: leaf[k], carry.state.vars), single.state.vars, tol=1e-9)
+        check_same(history["x"][lane], rows["x"], tol=1e-9)
+
+
+def test_data_that_are_bad_use_up_the_halvings():
+    """NaN in the data is not a matter of rates: every draw of that row is refused, until the solver is frozen."""
+    solver = guard(halvable("saba", STEPS), halvings=2)
+    carry, history = jax.jit(
+        lambda d: run(solver, tiny_sampler(), tiny().start, d, jax.random.key(3), steps=60, every=1, metrics=x_of)
+    )(poisoned(4))
+    assert bool(frozen(carry.state))
+    assert int(carry.result) == Result.NONFINITE
+    assert float(carry.state.stages[1].scale) == 0.25
+    assert int(carry.state.stages[1].accepted) < 60
+    assert fine(flushed(carry.state))
+    assert np.isfinite(history["x"]).all()
+
+
+def test_limit_stops_before_numbers_overflow():
+    solver = guard(build("soba", tiny().problem, Vars(*(40 * step for step in STEPS))), limit=LIMIT)
+    carry, _ = jax.jit(lambda key: run(solver, tiny_sampler(), tiny().start, tiny().data, key, steps=20))(jax.random.key(3))
+    assert int(carry.result) == Result.DIVERGED
+    assert bool(frozen(carry.state))
+    assert not large(carry.state.vars, LIMIT)
+
+
+def test_no_guard_is_never_frozen():
+    solver = build("soba", tiny().problem, WILD)
+    state = solver.init(tiny_start("soba"), stream(1)[0])
+    assert not bool(frozen(state))
+    assert frozen(state).dtype == jnp.bool_
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "message"),
+    [
+        (halvable("soba", STEPS), {}, TypeError, "solver: got function, expected a Solver"),
+        (None, {"halvings": 2}, TypeError, "solver: got Solver, expected, with halvings, a function"),
+        (lambda scale: scale, {"halvings": 2}, TypeError, "solver: got .*, expected a Solver"),
+        (halvable("soba", STEPS), {"halvings": -1}, ValueError, "halvings: got -1, expected at least 0"),
+        (halvable("soba", STEPS), {"halvings": 101}, ValueError, "halvings: got 101, expected at most 100"),
+        (halvable("soba", STEPS), {"halvings": 1.5}, TypeError, "halvings: got 1.5 of type float"),
+        (None, {"limit": 0.0}, ValueError, "limit: got 0.0, expected a positive number"),
+    ],
+)
+def test_bad_options_of_the_guard(make, options, error, message):
+    with pytest.raises(error, match=message):
+        guard(build("soba", tiny().problem) if make is None else make, **options)
