@@ -163,10 +163,11 @@ def schedule(
                 break
             ends.append((drained, clock.alive.copy(), clock.now))
         clock.send(answered)
-    kept, lanes = len(ends) * period, np.zeros((0, N), bool)
-    columns = map(np.array, zip(*rows[:kept], strict=True)) if kept else (np.zeros(0), lanes, lanes, lanes, lanes.astype(int))
-    return Schedule(*columns, *(map(np.array, zip(*ends, strict=True)) if kept else (lanes, lanes, np.zeros(0))), clock.blocked)
-    # type: ignore[arg-type]
+    kept, none = len(ends) * period, np.zeros((0, N), bool)
+    seconds, active, worked, alive, age = zip(*rows[:kept], strict=True) if kept else (none[:, 0], none, none, none, none)
+    drained, present, period_seconds = zip(*ends, strict=True) if kept else (none, none, none[:, 0])
+    arrays = map(np.array, (seconds, active, worked, alive, age, drained, present, period_seconds))
+    return Schedule(*arrays, blocked=clock.blocked)
 
 
 def barriers(cluster: Cluster, n_workers: int, rounds: int, *, seed: int = 0) -> np.ndarray:
@@ -238,12 +239,6 @@ def simulate(
         master = answer(master._replace(alive=alive), worked)
         return method.update(master, active), None
 
-    def cut(master: Master) -> Master:
-        x, t, batch = master.consensus_outer, master.step, draws(jnp.full(N, master.step))
-        forward = jax.vmap(lambda e, c, y, b: method.estimate(e, c, y, x, b, t), in_axes=(0, None, 0, 0))
-        backward = jax.vmap(lambda e, cotangent, b: method.pull(e, cotangent, x, b))
-        return method.cut(master, lambda e, c, y: forward(e, c, y, batch), lambda e, w: backward(e, w, batch))
-
     def row(master: Master, seconds: Array) -> dict[str, Array]:
         apart, found = adbo.disagreement(master), method.vars(master)
         code = jnp.where(all_finite((found, apart)), Result.SUCCESSFUL, Result.NONFINITE).astype(jnp.int32)
@@ -256,7 +251,8 @@ def simulate(
             each, drained, present, seconds = events
             master, _ = lax.scan(iterate, master, each)
             if with_cut:
-                master = cut(answer(master, drained)._replace(alive=present))
+                master = answer(master, drained)._replace(alive=present)
+                master = method.cut(master, *adbo.rounds(method, master, draws(jnp.full(N, master.step))))
             return master, row(master, seconds)
 
         return body
@@ -315,7 +311,7 @@ class _Clock:
         self.arrived, self.fresh, self.waited_for = (np.zeros(n_workers, bool) for _ in range(3))
         self.task, self.stamp = np.zeros(n_workers, int), np.zeros(n_workers, int)
         self.done = np.zeros((2, n_workers), int)  # answers of each kind so far
-        self.queue: list[tuple[float, int, int, int]] = []
+        self.queue: list[tuple] = []
         for failure in cluster.failures:
             worker, at, back = failure
             if not 0 <= worker < n_workers or not 0 <= at < back:
@@ -396,7 +392,7 @@ class _Clock:
         while self.waited_for.any():
             if not self._next():
                 return False
-        return self.alive.any()
+        return bool(self.alive.any())
 
 
 def _durations(cluster: Cluster, n_workers: int, count: int, seed: int, kind: int) -> np.ndarray:
