@@ -9,8 +9,8 @@ from jax import lax
 
 from bilevel_jax import checks
 from bilevel_jax.results import Result, all_finite, worst
-from bilevel_jax.samplers import Plan, Sampler
-from bilevel_jax.types import Array, Batch, BilevelState, Levels, Solver, Vars
+from bilevel_jax.samplers import Plan, Sampler, take_draw, take_window
+from bilevel_jax.types import Array, Batch, BilevelState, Calls, Cost, Levels, Solver, Vars
 
 #: ``(vars, data) -> {name: scalar}``.
 Metrics = Callable[[Vars, Levels], dict[str, Array]]
@@ -85,7 +85,7 @@ def resume(
         plan = sampler.plan(data, carry.key, carry.state.step * solver.draws, every * solver.draws)
         plan = jax.tree.map(lambda leaf: leaf.reshape(every, solver.draws, *leaf.shape[1:]), plan)
         state, _ = lax.scan(one, carry.state, plan)
-        row = _row(state, metrics(state.vars, data) if metrics else {})
+        row = row_of(state, metrics(state.vars, data) if metrics else {})
         fine = all_finite(state.vars)
         known = all_finite([value for value in row.values() if jnp.issubdtype(value.dtype, jnp.inexact)])
         code = jnp.where(fine & known, worst(state), jnp.int32(Result.NONFINITE))
@@ -144,7 +144,7 @@ def run(
     """
     _counts(steps, every)
     carry = begin(solver, sampler, vars, data, key)
-    first = _row(carry.state, metrics(carry.state.vars, sampler.whole(data)) if metrics else {})
+    first = row_of(carry.state, metrics(carry.state.vars, sampler.whole(data)) if metrics else {})
     carry, rest = resume(solver, sampler, carry, data, steps=steps, every=every, metrics=metrics)
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
 
@@ -159,12 +159,15 @@ def stream(
 ) -> Iterator[tuple[BilevelState, dict[str, Array]]]:
     """Run a solver on batches that come from outside: a host loop over a jitted update with a donated state.
 
-    This is the one place of the library that jits: a host loop without donation would copy every table at every step.
+    This jits, as nothing in the library but its host loops does: without donation every table would be copied at every step.
+    A call takes the host some 0.1 ms: `several` puts many short updates into one.  The state is all that a loader that is a
+    function of the step needs to go on: `bilevel_jax.checkpoints` shows how to save and take up a stream.
 
     Args:
         solver: any solver.
         start: variables to start from, or the state to go on from (it is copied, not donated).
-        batches: stacked for the solver, as `bilevel_jax.samplers.from_stream` makes them.
+        batches: stacked for the solver, as `bilevel_jax.samplers.from_stream` makes them, or `bilevel_jax.readers.from_arrays`
+            of data in a file.
         every: updates from one yield to the next.
         metrics: ``vars -> {name: scalar}``, jitted here.
 
@@ -186,7 +189,7 @@ def stream(
     """
     every = checks.positive_int("every", every)
     update = jax.jit(solver.update, donate_argnums=0)
-    evaluate = jax.jit(lambda state: _row(state, metrics(state.vars) if metrics else {}))
+    evaluate = jax.jit(lambda state: row_of(state, metrics(state.vars) if metrics else {}))
     state, done = None, 0
     for done, batch in enumerate(batches, 1):
         if state is None:
@@ -198,7 +201,46 @@ def stream(
         yield state, evaluate(state)
 
 
-def _row(state: BilevelState, named: History) -> History:
+def several(solver: Solver, updates: int) -> Solver:
+    """So many updates of a solver as one: for `stream`, where a call from the host costs as much as ten short updates.
+
+    Args:
+        solver: any solver.
+        updates: of it in one update of the new solver.
+
+    Returns:
+        A solver of ``updates`` times the draws and the cost, with the same states: ``step`` counts the updates of ``solver``.
+
+    Raises:
+        TypeError, ValueError: for ``updates`` below 1.
+
+    Example:
+        >>> import optax
+        >>> from bilevel_jax import solvers, testing
+        >>> quadratic = testing.quadratic(jax.random.key(0))
+        >>> several(solvers.amigo(quadratic.problem, Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)), aux_rate=0.1,
+        ...                       inner_steps=2, aux_steps=2), 50).draws
+        300
+    """
+    updates = checks.positive_int("updates", updates)
+
+    def init(vars: Vars, batches: Batch) -> BilevelState:
+        return solver.init(vars, jax.eval_shape(lambda b: take_draw(b, slice(0, solver.draws)), batches))
+
+    def update(state: BilevelState, batches: Batch) -> BilevelState:
+        checks.leading_axis("batches", batches._replace(full=None), updates * solver.draws, "the number of draws of the solver")
+
+        def one(state: BilevelState, turn: Array) -> tuple[BilevelState, None]:
+            return solver.update(state, take_window(batches, turn * solver.draws, solver.draws)), None
+
+        return lax.scan(one, state, jnp.arange(updates, dtype=jnp.int32))[0]
+
+    cost = Cost(*(Calls(*(updates * calls for calls in part)) for part in solver.cost))
+    return Solver(init, update, updates * solver.draws, cost)
+
+
+def row_of(state: BilevelState, named: History) -> History:
+    """The row of a history: the step, and metrics that have been checked to be named scalars."""
     if not isinstance(named, dict) or "step" in named:
         raise TypeError(f"metrics: got {named!r}, expected a dictionary of scalars, none of them called 'step'")
     named = {name: jnp.asarray(value) for name, value in named.items()}
