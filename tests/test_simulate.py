@@ -192,6 +192,16 @@ def test_minibatches_of_a_worker_are_numbered_by_what_it_received():
         np.testing.assert_allclose(master.inner[i], worker.inner, rtol=1e-12)
 
 
+def test_the_loops_over_workers_agree(method, data):
+    plan = schedule(RANDOM, method, steps=40, quorum=2, max_staleness=6)
+    loops = jax.jit(simulate.simulate, static_argnums=(0, 1), static_argnames="loop")
+    ends = [loops(method, samplers.full(), plan, data, jax.random.key(0), loop=loop)[0] for loop in ("vmap", "scan")]
+    for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+    with pytest.raises(ValueError, match="loop: got 'fast'"):
+        simulate.simulate(method, samplers.full(), plan, data, jax.random.key(0), loop="fast")
+
+
 def test_a_nonfinite_worker_shows_as_a_code(method, data):
     plan = schedule(RANDOM, method, steps=20, quorum=2, max_staleness=6)
     bad = data._replace(outer=data.outer.at[0].set(jnp.nan))

@@ -16,7 +16,7 @@ from jax import lax
 
 from bilevel_jax import checks
 from bilevel_jax.distributed import adbo
-from bilevel_jax.distributed.adbo import Adbo, Master
+from bilevel_jax.distributed.adbo import Adbo, Master, Worker
 from bilevel_jax.results import Result, all_finite
 from bilevel_jax.samplers import Sampler
 from bilevel_jax.types import Array, Batch, Levels, Vars
@@ -191,6 +191,7 @@ def simulate(
     *,
     workers: Vars | None = None,
     metrics: Callable[[Vars, Levels], dict[str, Array]] | None = None,
+    loop: str = "auto",
 ) -> tuple[Master, dict[str, Array]]:
     """Run the numerics of a schedule: one scan, pure, to be jitted by its caller (``static_argnums=(0, 1)``).
 
@@ -202,6 +203,8 @@ def simulate(
         key: typed key; worker i draws from ``fold_in(key, i)``.
         workers: where each worker starts, leaves ``[N, ...]``, if not at the method's start.
         metrics: ``(consensus variables, data) -> {name: array}``.
+        loop: how the workers' steps are done: ``"vmap"``, all N at once, for accelerators; ``"scan"``, one after the other and
+            only those whose answers are new; ``"auto"`` is scan on a CPU.
 
     Returns:
         The master, and a history of a row a period: ``step``, ``seconds``, ``inner_gap`` (as at the cut), ``cuts`` (live),
@@ -211,8 +214,8 @@ def simulate(
     Raises:
         TypeError, ValueError: for data that are not those of N workers.
 
-    Cost: a step of all N workers an iteration (those whose answers are not new are computed for nothing: under vmap that is
-    the quickest), and the cuts of `bilevel_jax.distributed.adbo.adbo`.
+    Cost: a step of each worker that answers (under vmap of all N at each iteration), and the cuts of
+    `bilevel_jax.distributed.adbo.adbo`.
     """
     N, period = method.n_workers, method.cut_period
     if not isinstance(data, Levels):
@@ -221,18 +224,30 @@ def simulate(
         checks.leading_axis(f"data.{name}", part, N, "one entry a worker")
         if any(leaf.shape[1:2] == (0,) for leaf in jax.tree.leaves(part)):
             raise ValueError(f"data.{name}: got workers without samples, expected at least one each")
+    if loop not in ("auto", "vmap", "scan"):
+        raise ValueError(f"loop: got {loop!r}, expected 'auto', 'vmap' or 'scan'")
+    kind = ("scan" if jax.default_backend() == "cpu" else "vmap") if loop == "auto" else loop
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(N))
 
-    def draws(numbers: Array) -> Batch:
-        def one(data: Levels, key: Array, number: Array) -> Batch:
-            chosen = sampler.plan(data, key, number, 1)
-            return sampler.gather(data, jax.tree.map(lambda leaf: leaf[0], chosen))
+    def draw(data: Levels, key: Array, number: Array) -> Batch:
+        chosen = sampler.plan(data, key, number, 1)
+        return sampler.gather(data, jax.tree.map(lambda leaf: leaf[0], chosen))
 
-        return jax.vmap(one)(data, keys, numbers)
+    def step(worker: Worker, data: Levels, key: Array) -> tuple[Array, Array]:
+        moved = method.work(worker, draw(data, key, worker.received_at))
+        return moved.outer, moved.inner
 
     def answer(master: Master, answered: Array) -> Master:
-        new = jax.vmap(method.work)(adbo.workers(master), draws(master.received_at))
-        return adbo.record(master, new.outer, new.inner, answered)
+        held = adbo.workers(master)
+
+        def one(_: None, i: Array) -> tuple[None, tuple[Array, Array]]:
+            idle = held.outer[i], held.inner[i]
+            return None, lax.cond(
+                answered[i], lambda: step(*jax.tree.map(lambda leaf: leaf[i], (held, data, keys))), lambda: idle
+            )
+
+        outer, inner = jax.vmap(step)(held, data, keys) if kind == "vmap" else lax.scan(one, None, jnp.arange(N))[1]
+        return adbo.record(master, outer, inner, answered)
 
     def iterate(master: Master, event: tuple[Array, Array, Array]) -> tuple[Master, None]:
         active, worked, alive = event
@@ -252,7 +267,7 @@ def simulate(
             master, _ = lax.scan(iterate, master, each)
             if with_cut:
                 master = answer(master, drained)._replace(alive=present)
-                master = method.cut(master, *adbo.rounds(method, master, draws(jnp.full(N, master.step))))
+                master = method.cut(master, *adbo.rounds(method, master, jax.vmap(draw)(data, keys, jnp.full(N, master.step))))
             return master, row(master, seconds)
 
         return body
