@@ -192,7 +192,8 @@ class History:
 
     def __init__(self, path: Path, shapes: dict[str, Any]) -> None:
         """Of rows of scalars with these names and dtypes."""
-        self.path, self.dtypes = path, {name: np.dtype(value.dtype) for name, value in shapes.items()}
+        names = ["step", *(name for name in shapes if name != "step")]
+        self.path, self.dtypes = path, {name: np.dtype(shapes[name].dtype) for name in names}
 
     def take_up(self, step: int, every: int) -> bool:
         """Drop the rows after a step, to be computed again; False if there is no file."""
@@ -297,8 +298,9 @@ def _orbax() -> Any:
     return orbax.checkpoint
 
 
-def tensorboard(folder: str | Path) -> Callable[[Progress], None]:
-    """A ``report`` of `run_long` that writes the rows as scalars for TensorBoard.
+@contextmanager
+def tensorboard(folder: str | Path) -> Iterator[Callable[[Progress], None]]:
+    """A ``report`` of `run_long` that writes the rows as scalars for TensorBoard; they are all written when the block is left.
 
     Needs tensorboardX, which needs no TensorFlow: ``pip install 'bilevel-jax[tensorboard]'``.  A run that is taken up hides
     what an earlier session wrote after its last checkpoint.
@@ -308,6 +310,9 @@ def tensorboard(folder: str | Path) -> Callable[[Progress], None]:
 
     Raises:
         ImportError: without tensorboardX.
+
+    Example:
+        ``with tensorboard("results/board") as report: run_long(..., report=report)``
     """
     try:
         from tensorboardX import SummaryWriter
@@ -317,13 +322,16 @@ def tensorboard(folder: str | Path) -> Callable[[Progress], None]:
 
     def report(progress: Progress) -> None:
         if not writers:
-            writers.append(SummaryWriter(str(folder), purge_step=progress.step))
+            writers.append(SummaryWriter(str(folder), purge_step=progress.step, flush_secs=10))
         for name, value in progress.row.items():
             if name != "step":
                 writers[0].add_scalar(name, value, progress.step)
-        writers[0].flush()
 
-    return report
+    try:
+        yield report
+    finally:
+        for writer in writers:
+            writer.close()
 
 
 def _claim(folder: Path, facts: dict[str, Any]) -> None:
