@@ -58,8 +58,7 @@ def fednest(
 
     Args:
         problem: inner and outer loss, of one client.
-        inner_rate, outer_rate: of a local step, numbers or schedules of the update.  Paper: constant steps over the number of
-            local steps.
+        inner_rate, outer_rate: of a local step, numbers or schedules of the update; divide by ``local_steps`` what suits one step.
         neumann_rate: of the series, at most 1/L, a number or a schedule of the update.
         inner_rounds: T, rounds of FedInn.
         local_steps: tau, steps of a client in a round, in z and in x.
@@ -81,7 +80,7 @@ def fednest(
     Hessian-vector products on average (N - 1 if not random), one cross product, ``2 tau`` outer gradient pairs; what is sent
     for it, see `rounds` and `sent_bytes`.
 
-    Reference: Tarzanagh, Li, Thrampoulidis, Oymak, ICML 2022, arXiv 2205.02215, Algorithms 1 to 4.
+    Reference: Tarzanagh, Li, Thrampoulidis, Oymak, ICML 2022, arXiv 2205.02215.
 
     Example:
         >>> from bilevel_jax import run, samplers
@@ -103,7 +102,8 @@ def fednest(
     mean_problem = Problem(_one_a_client(g), _one_a_client(f))
 
     def series(rate: Any) -> LinearSolver:
-        # (I - rate H)^p d_z f, p < N: the solver that sums p = 0, ..., N - 1 counts its factors, N - 1.
+        # (I - rate H)^p d_z f, p < N: the solver that sums p = 0, ..., N - 1 counts its factors, N - 1.  The order of what is sent
+        # agrees with the authors' public code, which takes the sum; the range of the random p is recalled, not read again.
         if random_terms or neumann_terms == 1:
             return _with_one_key(random_neumann(terms=neumann_terms, rate=rate, fresh=fresh))
         return neumann(terms=neumann_terms - 1, rate=rate, fresh=fresh)
