@@ -58,7 +58,7 @@ def fednest(
 
     Args:
         problem: inner and outer loss, of one client.
-        inner_rate, outer_rate: of a local step, numbers or schedules of the update; divide by ``local_steps`` what suits one step.
+        inner_rate, outer_rate: of a local step, numbers or schedules of the update; of one step's rate the ``local_steps``-th part.
         neumann_rate: of the series, at most 1/L, a number or a schedule of the update.
         inner_rounds: T, rounds of FedInn.
         local_steps: tau, steps of a client in a round, in z and in x.
@@ -102,8 +102,8 @@ def fednest(
     mean_problem = Problem(_one_a_client(g), _one_a_client(f))
 
     def series(rate: Any) -> LinearSolver:
-        # (I - rate H)^p d_z f, p < N: the solver that sums p = 0, ..., N - 1 counts its factors, N - 1.  The order of what is sent
-        # agrees with the authors' public code, which takes the sum; the range of the random p is recalled, not read again.
+        # (I - rate H)^p d_z f, p < N: the solver that sums p = 0, ..., N - 1 counts its factors, N - 1.  What is sent, in which
+        # order, agrees with the public code of the authors, which takes the sum; the range of the random p is recalled.
         if random_terms or neumann_terms == 1:
             return _with_one_key(random_neumann(terms=neumann_terms, rate=rate, fresh=fresh))
         return neumann(terms=neumann_terms - 1, rate=rate, fresh=fresh)
