@@ -58,7 +58,7 @@ def fednest(
 
     Args:
         problem: inner and outer loss, of one client.
-        inner_rate, outer_rate: of a local step, numbers or schedules of the update; of one step's rate the ``local_steps``-th part.
+        inner_rate, outer_rate: of a local step, numbers or schedules of the update.  A client takes ``local_steps`` of them.
         neumann_rate: of the series, at most 1/L, a number or a schedule of the update.
         inner_rounds: T, rounds of FedInn.
         local_steps: tau, steps of a client in a round, in z and in x.
