@@ -12,7 +12,8 @@ setting meha: also the F1 score of the rows with x_i >= 0, read as "the label is
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from experiments import data
 from experiments.data.records import Cleaning
 from experiments.figures import comparison
 from experiments.harness import Options, Task, compare
-from experiments.methods import METHODS, Name, Rates
+from experiments.methods import METHODS, Name, Rates, chosen, provenance
 from experiments.race import Entrant, race
 
 #: Best (step size, outer ratio) of the paper's grids by corruption (figures of 2022; SRBA: public benchmark of 2024, at 0.5
@@ -112,6 +113,8 @@ class Config(Options):
     """setting meha: draws of rows and wrong labels, each one run in a folder of its own; they take the place of --seeds"""
     solvers: tuple[Name, ...] | None = None
     """which solvers to compare (default: four single-loop ones, or all those of the setting's table)"""
+    settings: Path | None = None
+    """step sizes of the solvers from the settings.json of `experiments.grid`"""
 
 
 #: (z, rows) -> logits.
@@ -157,8 +160,19 @@ def resized(rates: Rates, dataset: str, full: bool) -> Rates:
     return rates
 
 
+def key(config: Config) -> dict[str, Any]:
+    """What settings are chosen for."""
+    names = ("dataset", "corruption", "setting", "batch_size")
+    return {"experiment": "data_cleaning"} | {name: getattr(config, name) for name in names}
+
+
 def rates(config: Config) -> dict[str, Rates]:
-    """The settings of each solver: the given step sizes, or the best ones for the nearest corruption of the paper."""
+    """The settings of each solver; step sizes: of a file, given, or the best ones for the nearest corruption of the paper."""
+    given: dict[str, dict[str, Any]] = {}
+    if config.settings is not None:
+        if config.step_size or config.outer_ratio:
+            raise SystemExit("--settings: got --step-size or --outer-ratio beside it, expected one or the other")
+        given = chosen(config.settings, key(config), names(config))
     if config.setting != "soba":
         found = {name: TABLES[config.setting].get(name, Rates(0.1, 1e-4, batch_size=1000)) for name in names(config)}
         if config.setting == "meha":
@@ -167,15 +181,15 @@ def rates(config: Config) -> dict[str, Rates]:
         best = BEST[min(BEST, key=lambda level: abs(level - config.corruption))]
         known = {name: ALIKE.get(name, name) for name in names(config)}
         unknown = [name for name, like in known.items() if like not in best]
-        if unknown and not (config.step_size and config.outer_ratio):
-            raise SystemExit(f"--solvers: got {unknown}, for which --step-size and --outer-ratio must be given in this setting")
+        if unknown and not given and not (config.step_size and config.outer_ratio):
+            raise SystemExit(f"--solvers: got {unknown}, for which --step-size and --outer-ratio, or --settings, must be given")
         found = {name: Rates(*best.get(like, (0.0, 0.0))) for name, like in known.items()}
     return {
         name: r._replace(
             step_size=config.step_size or r.step_size,
             outer_ratio=config.outer_ratio or r.outer_ratio,
             updates=None if config.steps else r.updates,
-        )
+        )._replace(**given.get(name, {}))
         for name, r in found.items()
     }
 
@@ -280,7 +294,7 @@ def over_draws(config: Config, settings: dict[str, Rates]) -> None:
         made = task(config, rows)
         again = config.resume and (draw == 1 or (out / "config.json").exists())
         part = dataclasses.replace(config, seeds=1, out=out, resume=again)
-        record = {"experiment": "data_cleaning", "draw": draw}
+        record = {"experiment": "data_cleaning", "draw": draw} | provenance(config.settings)
         compared = compare(lambda made=made: made, names(config), settings, part, record)
         plain = out / "baselines.csv"
         if not plain.exists():  # as many passes over the rows as MEHA's: six in an update
@@ -309,7 +323,8 @@ def main(config: Config) -> None:
     if config.setting == "meha":
         over_draws(config, settings)
     else:
-        compare(lambda: task(config, load(config)), names(config), settings, config, {"experiment": "data_cleaning"})
+        record = {"experiment": "data_cleaning"} | provenance(config.settings)
+        compare(lambda: task(config, load(config)), names(config), settings, config, record)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ method in float64, and h* by a deterministic method of its own (see `experiments
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -22,7 +23,7 @@ from experiments import data, logistic
 from experiments.data.files import cache_folder
 from experiments.harness import Options, Task, compare
 from experiments.logistic import in_float64
-from experiments.methods import Name, Rates
+from experiments.methods import Name, Rates, chosen, provenance
 
 #: (step size, outer ratio) of each solver.  MA-SOBA takes SOBA's, SPABA SRBA's.
 BEST = {
@@ -61,12 +62,28 @@ class Config(Options):
     """which solvers to compare"""
     covtype_full: bool = False
     """the full Covertype data instead of the 16 % sample"""
+    settings: Path | None = None
+    """step sizes of the solvers from the settings.json of `experiments.grid`"""
+
+
+def key(config: Config) -> dict[str, Any]:
+    """What settings are chosen for."""
+    names = ("dataset", "covtype_full", "batch_size")
+    return {"experiment": "hyperparameter_selection"} | {name: getattr(config, name) for name in names}
 
 
 def rates(config: Config) -> dict[str, Rates]:
-    """The step sizes of each solver: the given ones, or the best ones of the data set."""
-    best = {name: BEST[config.dataset][ALIKE.get(name, name)] for name in config.solvers}
-    return {name: Rates(config.step_size or a, config.outer_ratio or r) for name, (a, r) in best.items()}
+    """The step sizes of each solver: those of a file, the given ones, or the best ones of the data set."""
+    if config.settings is not None:
+        if config.step_size or config.outer_ratio:
+            raise SystemExit("--settings: got --step-size or --outer-ratio beside it, expected one or the other")
+        return {name: Rates(**one) for name, one in chosen(config.settings, key(config), config.solvers).items()}
+    best, alike = BEST[config.dataset], {name: ALIKE.get(name, name) for name in config.solvers}
+    unknown = [name for name, like in alike.items() if like not in best]
+    if unknown and not (config.step_size and config.outer_ratio):
+        raise SystemExit(f"--solvers: got {unknown}, for which --step-size and --outer-ratio, or --settings, must be given")
+    pairs = {name: best.get(like, (0.0, 0.0)) for name, like in alike.items()}
+    return {name: Rates(config.step_size or a, config.outer_ratio or r) for name, (a, r) in pairs.items()}
 
 
 def task(config: Config) -> Task:
@@ -156,7 +173,8 @@ def main(config: Config) -> None:
     evaluations = config.evaluations or evaluations
     steps = config.steps or steps
     config = dataclasses.replace(config, steps=steps, evaluations=evaluations)
-    compare(lambda: task(config), config.solvers, rates(config), config, {"experiment": "hyperparameter_selection"})
+    record = {"experiment": "hyperparameter_selection"} | provenance(config.settings)
+    compare(lambda: task(config), config.solvers, rates(config), config, record)
 
 
 if __name__ == "__main__":

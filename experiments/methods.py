@@ -1,9 +1,12 @@
 """The solvers of the comparisons, by name: how each is built from its rates and the numbers of blocks."""
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax.numpy as jnp
 import optax
 
 from bilevel_jax import Levels, Problem, Solver, Vars, default_opts, linear_solve, solvers
@@ -54,6 +57,7 @@ class Rates(NamedTuple):
     adam: bool = False  # whether x moves by Adam, at the same rate
     multiplier: float = 10.0  # of a penalty; of MEHA, at its start
     gamma: float = 10.0  # of MEHA's envelope
+    decay: float | None = None  # e of step sizes that fall like (t + 1)^-e; by default those of the solver's paper
 
     def opts(self, solver: Callable[..., Solver]) -> Vars:
         """The schedules of the solver's paper, from these numbers."""
@@ -64,12 +68,20 @@ class Rates(NamedTuple):
         return self._moved(default_opts(solver, inner=self.step_size, outer=self.step_size / self.outer_ratio))
 
     def _moved(self, opts: Vars) -> Vars:
-        return opts._replace(outer=optax.adam(self.step_size / self.outer_ratio)) if self.adam else opts
+        rates = Vars(self.step_size, self.step_size, self.step_size / self.outer_ratio)
+        if self.decay is not None:
+            rates = Vars(*(_falling(rate, self.decay) for rate in rates))
+            opts = Vars(*(opt and optax.sgd(rate) for opt, rate in zip(opts, rates, strict=True)))
+        return opts._replace(outer=optax.adam(rates.outer)) if self.adam else opts
 
     @property
     def rate(self) -> float:
         """Of the linear solver."""
         return self.step_size if self.linear_rate is None else self.linear_rate
+
+
+def _falling(rate: float, decay: float) -> optax.Schedule:
+    return lambda t: rate * jnp.asarray(t + 1, jnp.float32) ** -decay
 
 
 class Method(NamedTuple):
@@ -162,3 +174,42 @@ METHODS: dict[str, Method] = {
         random=False,
     ),
 }
+
+
+def chosen(path: Path, task: dict[str, Any], names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The step sizes of each solver that `experiments.grid` chose, from its settings.json: entries of `Rates`.
+
+    Raises:
+        SystemExit: for a file that is not there, is none of the grid's, was made on another task (experiment, data set, batch
+            size, ...), or lacks one of the solvers.
+    """
+    try:
+        known = json.loads(path.read_text())
+        made, settings = known["task"], {name: _checked(one) for name, one in known["settings"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        wrong = f"{type(error).__name__}: {error}"
+        raise SystemExit(f"--settings: got {path} ({wrong}), expected a settings.json of experiments.grid") from None
+    other = [f"{key}: {made.get(key)!r} there, {task[key]!r} here" for key in task if made.get(key) != task[key]]
+    if other:
+        raise SystemExit(f"--settings: got {path}, chosen on another task: {', '.join(other)}")
+    missing = [name for name in names if name not in settings]
+    if missing:
+        raise SystemExit(
+            f"--settings: got {path}, which holds nothing for {missing}, expected one of --solvers {list(settings)}"
+        )
+    return {name: settings[name] for name in names}
+
+
+def provenance(path: Path | None) -> dict[str, Any]:
+    """What to record of a file of settings: all of it."""
+    return {} if path is None else {"chosen": json.loads(path.read_text())}
+
+
+def _checked(one: dict[str, Any]) -> dict[str, Any]:
+    """The entries that are `Rates`."""
+    found = {key: one[key] for key in ("step_size", "outer_ratio", "decay")}
+    for key, value in found.items():
+        positive = isinstance(value, int | float) and 0 < value < math.inf
+        if not positive and not (key == "decay" and (value is None or value == 0)):
+            raise ValueError(f"{key}: got {value!r}, expected a positive number")
+    return found

@@ -9,14 +9,18 @@ from typing import Literal
 
 import tyro
 
-from experiments.speed import first_order, hypergradients, meta, steps
+from experiments.speed import devices, first_order, hypergradients, meta, steps
 from experiments.speed.conditions import conditions, load
 from experiments.speed.timing import CAN_PIN, pinned
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Step times of solvers beside the floor.  ``hypergradients``, ``first_order`` or ``meta`` first times those instead."""
+    """Step times of solvers beside the floor.
+
+    ``hypergradients``, ``first_order`` or ``meta`` first times those instead; ``--device gpu`` times updates that fill a device
+    beside what it can do.  Each has a ``--help`` of its own.
+    """
 
     shapes: tuple[Literal["ijcnn1", "covtype", "cleaning"], ...] = ("ijcnn1", "covtype", "cleaning")
     """Problems to time."""
@@ -40,6 +44,9 @@ def main(args: Sequence[str] | None = None) -> None:
     others = {"hypergradients": hypergradients.main, "first_order": first_order.main, "meta": meta.main}
     if args and args[0] in others:
         others[args[0]](args[1:])
+        return
+    if any(argument.split("=")[0] == "--device" for argument in args):
+        devices.main(args)
         return
     settings = tyro.cli(Settings, args=args, prog="python -m experiments.speed", description=Settings.__doc__)
     for name in ("repeats", "seeds_vmapped"):
