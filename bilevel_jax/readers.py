@@ -61,7 +61,8 @@ def from_arrays(sampler: Sampler, data: Levels, key: Array, *, draws: int, start
 
     def stretch(first: Array) -> Batch:
         """The draws of ``length`` batches: in the place of rows their numbers, for the key its data."""
-        batch = sampler.stack(numbers, sampler.plan(numbers, key, first, length * draws))
+        plan = sampler.plan(numbers, key, first, length * draws)
+        batch = jax.vmap(lambda one: sampler.gather(numbers, one))(plan)
         batch = batch._replace(key=jax.random.key_data(batch.key), full=None)  # type: ignore[arg-type]
         return jax.tree.map(lambda leaf: leaf.reshape(length, draws, *leaf.shape[1:]), batch)
 
@@ -91,12 +92,12 @@ def _read(stretch: Any, arrays: Levels, firsts: range, length: int, ahead: int) 
             return batch._replace(key=jax.random.wrap_key_data(batch.key, impl="threefry2x32"))
 
     waiting = plans()
-    with ThreadPoolExecutor(1, "reader") as pool:
-        coming = deque(pool.submit(read) for _ in range(ahead))
-        try:
-            while True:
-                coming.append(pool.submit(read))
-                yield coming.popleft().result()
-        finally:
-            for future in coming:
-                future.cancel()
+    pool = ThreadPoolExecutor(1, "reader")
+    coming = deque(pool.submit(read) for _ in range(ahead))
+    try:
+        while True:
+            coming.append(pool.submit(read))
+            yield coming.popleft().result()
+    finally:
+        for future in coming:  # the thread ends with its pool, when nobody holds this any more
+            future.cancel()

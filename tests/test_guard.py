@@ -9,11 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax import Levels, Result, Vars, begin, descend, guard, implicit, resume, run, sweep, worst
+from bilevel_jax import Levels, Result, Vars, begin, descend, guard, implicit, resume, run, solvers, sweep, worst
 from bilevel_jax.estimators import SagaState, flush, saga
 from bilevel_jax.results import Guarded, Status, all_finite, frozen
-from tests.checks import check_same
+from tests.checks import check_no_copies, check_same
 from tests.tables import ACCELERATED, STEPS, build, distance, every_kind, kinds, stream, tiny, tiny_sampler, tiny_start
+from tests.test_tables import scan_text, setting
 
 WILD = Vars(1e60, 1e60, 1e60)  # overflows float64 within six updates
 
@@ -312,6 +313,19 @@ def test_limit_stops_before_numbers_overflow():
     assert int(carry.result) == Result.DIVERGED
     assert bool(frozen(carry.state))
     assert not large(carry.state.vars, LIMIT)
+
+
+@pytest.mark.parametrize("lanes", [0, 3])
+def test_halving_copies_no_table(lanes):
+    """In the programs that users get, optimised."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        solver = guard(lambda scale: solvers.saba(setting("short rows")[0], Vars(*(optax.sgd(scale * s) for s in STEPS))),
+                       halvings=5, limit=LIMIT)  # fmt: skip
+        text, shapes = scan_text(solver, "short rows", lanes)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+    check_no_copies(text, *shapes)
 
 
 def test_no_guard_is_never_frozen():
