@@ -118,7 +118,7 @@ def spent(solver: Solver, state: BilevelState) -> Calls:
 
 def worst(state: PyTree) -> Array:
     """The largest code of all the ``Status`` entries of a state; SUCCESSFUL (0) if there is none."""
-    found = [s.code for s in jax.tree.leaves(state, is_leaf=_is_status) if _is_status(s)]
+    found = [s.code.max() for s in jax.tree.leaves(state, is_leaf=_is_status) if _is_status(s)]
     return jnp.stack([jnp.zeros((), jnp.int32), *found]).max()
 
 

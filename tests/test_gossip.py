@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax import Batch, Levels, Problem, Result, Solver, Vars, begin, guard, resume, run, samplers, solvers, worst
+from bilevel_jax import Batch, Levels, Problem, Result, Solver, Vars, begin, guard, resume, run, samplers, solvers, spent, worst
 from bilevel_jax.distributed import complete, d_soba, gossip, metropolis, per_agent, ring, spectral_gap
 from bilevel_jax.distributed.gossip import messages, mix, sent_bytes
 from bilevel_jax.testing import Quadratic, quadratic
@@ -346,3 +346,16 @@ def test_scalar_losses_of_an_agent():
     batch = Batch(inner=jnp.array([[[1.0], [3.0]]]), outer=jnp.zeros((1, 2)))
     state = solver.update(solver.init(Vars(jnp.zeros(1), None, jnp.zeros(1)), batch), batch)
     np.testing.assert_allclose(state.vars.inner, [[1.2], [1.2]])
+
+
+def test_codes_and_counts_of_the_agents_are_gathered(q):
+    """A double loop under gossip: the worst code of all agents, and the calls of each."""
+    solver = gossip(solvers.bsa(q.problem, Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)), rate=0.2, terms=3), ring(AGENTS))
+    carry, _ = jax.jit(partial(run, solver, per_agent(samplers.uniform(1)), q.start, split(q), steps=5))(jax.random.key(1))
+    inner, solve, outer = carry.state.stages
+    found = spent(solver, carry.state)
+    assert float(found.inner_gradient) == 50
+    np.testing.assert_array_equal(found.hessian_vector, solve.tally.calls.hessian_vector)
+    assert found.hessian_vector.shape == (AGENTS,)
+    broken = solve._replace(status=solve.status._replace(code=solve.status.code.at[2].set(8)))
+    assert int(worst(carry.state._replace(stages=(inner, broken, outer)))) == 8
