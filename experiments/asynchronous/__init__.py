@@ -1,0 +1,1 @@
+"""Asynchronous distributed bilevel optimization: ADBO and its neighbours against time, under delays and stragglers."""
