@@ -128,21 +128,21 @@ def place(tree: PyTree, mesh: Mesh, spec: P | None = None) -> PyTree:
         spec: ``PartitionSpec()`` by default: the same everywhere; ``PartitionSpec("data")`` shares out the leading axis.
 
     Raises:
-        ValueError: for leading axes that the devices do not divide: see `deal`.
+        ValueError: for axes that the devices do not divide: see `deal`.
     """
     spec = P() if spec is None else spec
     sharding = NamedSharding(mesh, spec)
-    shares = mesh.shape[spec[0]] if spec else 1
 
     def put(path: tuple, leaf: Any) -> Array:
-        if shares > 1 and (not np.shape(leaf) or np.shape(leaf)[0] % shares):
+        shape = np.shape(leaf)
+        if len(shape) < len(spec) or any(name and size % mesh.shape[name] for size, name in zip(shape, spec, strict=False)):
             raise ValueError(
-                f"{checks.path_name('tree', path)}: got the shape {np.shape(leaf)}, expected a leading axis that {shares} "
-                "devices divide: bilevel_jax.parallel.deal adds rows of weight 0"
+                f"{checks.path_name('tree', path)}: got the shape {shape}, expected one that the devices {dict(mesh.shape)} "
+                f"divide as {spec} says: bilevel_jax.parallel.deal adds rows of weight 0"
             )
         if jax.process_count() == 1:
             return jax.device_put(leaf, sharding)
-        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf), np.shape(leaf))
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf), shape)
 
     return jax.tree_util.tree_map_with_path(put, tree)
 

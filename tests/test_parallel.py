@@ -1,0 +1,345 @@
+"""Many devices equal one: every solver on virtual devices of the CPU, in a process of its own.
+
+The number of devices is fixed when JAX starts, so that one subprocess does all the checks that need several, and prints JSON
+(``python -m tests.test_parallel``).
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from bilevel_jax import Batch, Levels, Problem, Solver, Vars, implicit, run, samplers, solvers, sweep, testing
+from bilevel_jax.estimators import total
+from bilevel_jax.parallel import Weighted, data_mesh, data_parallel, deal, place, sharded, spread
+from bilevel_jax.sweep import descend
+from tests.tables import SOLVERS, STEPS, aux_like, build, distance, ragged, small, tiny
+
+UPDATES = 5  # one more than the period of SRBA: a refresh in their midst
+#: One of each kind of stage, table, path and value; the others run in the slow suite.
+FAST = ("saba", "srba", "hoag", "itd_bio", "stable", "meha", "bome")
+#: What differences of nearby values or gradients make of rounding: the quotient, over the distance.
+DIFFERENCES = {"pzobo": 1e-4, "hjfbio": 1e-3, "fdehbo": 1e-3}
+
+# ---- in the subprocess ------------------------------------------------------------------------------------------------
+
+
+def problem_in(dtype: str) -> testing.Quadratic:
+    if dtype == "float64":
+        return small()
+    return testing.quadratic(jax.random.key(0), inner_dim=5, outer_dim=3, inner_samples=32, outer_samples=32, noise=0.1)
+
+
+def after(solver: Solver, sampler: samplers.Sampler, name: str, q: testing.Quadratic, data: Levels) -> Any:
+    """The whole state after a few updates, each compiled as a user would."""
+    key = jax.random.key(7)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: Any, data: Levels) -> Any:
+        return solver.update(state, sampler.batches(data, key, state.step * solver.draws, solver.draws))
+
+    start = q.start._replace(aux=aux_like(name, q.start.aux))
+    state = solver.init(start, jax.eval_shape(lambda d: sampler.batches(d, key, 0, solver.draws), data))
+    for _ in range(UPDATES):
+        state = step(state, data)
+    return state
+
+
+def differences(names: list[str], dtype: str) -> dict[str, dict[str, float]]:
+    """Largest difference in the state from that on one device, by solver and way.
+
+    12 inner rows and 9 outer ones a draw, the last blocks ragged: no number of devices divides them all.
+    """
+    q, mesh, found = problem_in(dtype), data_mesh(), {}
+    everywhere = place(q.data, mesh)
+    for name in names:
+        single = after(build(name, q.problem), ragged(), name, q, q.data)
+        found[name] = {
+            "spread": distance(after(build(name, q.problem), spread(ragged(), mesh), name, q, everywhere), single),
+            "sharded": distance(after(sharded(q.problem, partial(build, name), mesh), ragged(), name, q, everywhere), single),
+        }
+    return found
+
+
+def whole_run(name: str, mesh: Any, batch_sizes: tuple[int, int]) -> tuple[float, str]:
+    """A run inside one shard_map on shares that were dealt, its difference from one device, and its program."""
+    q, key, devices = small(), jax.random.key(3), mesh.size
+    data = deal(q.data, devices, batch_sizes[0], outer_batch_size=batch_sizes[1])
+    problem = data_parallel(q.problem, "data")
+
+    def go(problem: Problem, sizes: list[int], data: Levels) -> Any:
+        sampler = samplers.epochs(sizes[0], outer_batch_size=sizes[1])
+        measure = lambda vars, data: {"outer": jnp.mean(problem.outer(vars.inner, vars.outer, data.outer))}
+        carry, history = run(build(name, problem), sampler, q.start, data, key, steps=2 * UPDATES, metrics=measure)
+        return carry.state, history
+
+    local = partial(go, problem, [size // devices for size in batch_sizes])
+    many = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P()))
+    placed = place(data, mesh, P("data"))
+    program = many.lower(placed).compile()
+    single = jax.jit(partial(go, q.problem, list(batch_sizes)))(q.data)
+    return distance(program(placed), single), program.as_text()
+
+
+def places_of_the_mean(mesh: Any) -> dict[str, float]:
+    """Error of the directions by where the mean over the devices is taken, and by flag."""
+    q, point = small(), jax.tree.map(lambda leaf: leaf + 0.5, small().start)
+
+    def inside(loss: Any) -> Any:
+        return lambda z, x, d: lax.pmean(loss(z, x, d).mean(), "data")
+
+    def directions(problem: Problem, data: Levels) -> Vars:
+        return total(implicit(problem).terms(point, Batch(*data), jnp.int32(0)))
+
+    ways = {
+        "directions": lambda data: lax.pmean(directions(q.problem, data), "data"),
+        "loss": lambda data: directions(Problem(*map(inside, q.problem)), data),
+    }
+    exact, found = directions(q.problem, q.data), {}
+    for place_of_mean, way in ways.items():
+        for flag in (True, False):
+            many = jax.shard_map(way, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=flag)
+            found[f"{place_of_mean}, check_vma={flag}"] = distance(jax.jit(many)(q.data), exact)
+    return found
+
+
+def tasks_apart(mesh: Any) -> float:
+    """MAML on tasks that lie on the devices by shares, against one device."""
+    rng = np.random.default_rng(0)
+    centres = jnp.asarray(rng.normal(size=(8, 3)))
+    loss = lambda z, x, c: 0.5 * ((z - c) ** 2 * jnp.arange(1.0, 4.0)).sum()
+    maml = solvers.maml(Problem(loss, loss), Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.5)), inner_steps=3)
+    start, batch = Vars(outer=jnp.ones(3)), Batch(inner=centres[None], outer=0.5 * centres[None])
+    update = jax.jit(maml.update)
+    single = update(maml.init(start, batch), batch)
+    return distance(update(maml.init(start, batch), place(batch, mesh, P(None, "data"))).vars, single.vars)
+
+
+def collectives(program: str) -> list[str]:
+    """``kind result-type`` of every instruction of an optimised program by which devices exchange numbers."""
+    kinds = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
+    return [f"{kind} {kept}" for kept, kind in re.findall(rf"= (\S.*?) ({kinds})(?:-start)?\(", program)]
+
+
+def main(dtype: str, *names: str) -> None:
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_disable_most_optimizations", True)
+    found: dict[str, Any] = {"devices": jax.device_count(), "solvers": differences(list(names or SOLVERS), dtype)}
+    if names:
+        mesh = data_mesh()
+        found |= {"means": places_of_the_mean(mesh), "tasks": tasks_apart(mesh)}
+        jax.config.update("jax_disable_most_optimizations", False)  # as the programs are looked at
+        cases = dict.fromkeys(("soba", "saba", "fsla"), (8, 8)) | {"srba": (12, 8)}
+        found["runs"] = {name: whole_run(name, mesh, sizes) for name, sizes in cases.items()}
+        found["runs"] = {name: (error, collectives(text)) for name, (error, text) in found["runs"].items()}
+    print(json.dumps(found))
+
+
+# ---- the tests --------------------------------------------------------------------------------------------------------
+
+
+def measured(devices: int, dtype: str, *names: str, seconds: int) -> dict[str, Any]:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    command = [sys.executable, "-m", "tests.test_parallel", dtype, *names]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=seconds)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["devices"] == devices
+    return found
+
+
+@pytest.fixture(scope="session")
+def four() -> dict[str, Any]:
+    return measured(4, "float64", *FAST, seconds=600)
+
+
+@pytest.mark.parametrize("way", ["spread", "sharded"])
+@pytest.mark.parametrize("name", FAST)
+def test_four_devices_equal_one(name, way, four):
+    assert four["solvers"][name][way] < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "dtype"), [(4, "float64"), (4, "float32"), (8, "float64"), (8, "float32")])
+def test_every_solver_on_many_devices_equals_one(devices, dtype):
+    found = measured(devices, dtype, seconds=1800)["solvers"]
+    assert set(found) == set(SOLVERS)
+    for name, ways in found.items():
+        tolerance = 1e-12 if dtype == "float64" else DIFFERENCES.get(name, 2e-6)
+        assert max(ways.values()) < tolerance, (name, ways)
+
+
+@pytest.mark.parametrize("name", ["soba", "saba", "fsla", "srba"])
+def test_a_run_on_dealt_shares_equals_one_device(name, four):
+    """And only all-reduces are sent: no sample moves."""
+    error, sent = four["runs"][name]
+    assert error < 1e-12
+    assert {kind.split()[0] for kind in sent} == {"all-reduce"}
+
+
+@pytest.mark.parametrize("name", ["soba", "saba"])
+def test_one_all_reduce_an_update(name, four):
+    """Of the directions: 3 vectors like z (5) and 2 like x (3).  What else is sent are the two values of the metric."""
+    _, sent = four["runs"][name]
+    sizes = [sum(map(int, re.findall(r"f64\[(\d*)\]", one.replace("[]", "[1]")))) for one in sent]
+    assert [size for size in sizes if size > 2] == [3 * 5 + 2 * 3]
+    assert sum(sizes) == 3 * 5 + 2 * 3 + 2
+
+
+def test_mean_over_the_devices_belongs_into_the_loss_under_the_flag(four):
+    """The other two combinations are wrong in silence: what `data_parallel` is for."""
+    errors = four["means"]
+    assert errors["loss, check_vma=True"] < 1e-12
+    assert errors["directions, check_vma=False"] < 1e-12
+    assert errors["directions, check_vma=True"] > 0.1
+    assert errors["loss, check_vma=False"] > 0.1
+
+
+def test_tasks_on_many_devices_equal_one(four):
+    assert four["tasks"] < 1e-12
+
+
+# On one device: the rules are the same.
+
+
+def mean_of(problem: Problem, in_specs: Any, **options: Any) -> Any:
+    return jax.shard_map(problem.inner, mesh=data_mesh(), in_specs=in_specs, out_specs=P(), **options)
+
+
+SQUARES = Problem(lambda z, x, a: (z - a) ** 2, lambda z, x, a: (z - a) ** 2)
+ROWS = np.arange(6.0)
+
+
+@pytest.mark.parametrize(
+    ("specs", "options", "match"),
+    [
+        ((P(), P(), P()), {}, "problem.inner: got data that are the same on all devices of the axis 'data'"),
+        ((P(), P(), P("data")), {"check_vma": False}, "problem.inner: got data that are the same on all devices"),
+        ((P("data"), P(), P("data")), {}, "problem.inner: got variables that differ from device to device"),
+    ],
+    ids=["replicated rows", "no flag", "split variables"],
+)
+def test_data_parallel_refuses(specs, options, match):
+    arguments = jnp.ones(6) if specs[0] == P("data") else jnp.ones(()), jnp.ones(()), jnp.asarray(ROWS)
+    with pytest.raises(ValueError, match=match):
+        mean_of(data_parallel(SQUARES, "data"), specs, **options)(*arguments)
+
+
+def test_data_parallel_refuses_outside_of_shard_map_and_what_is_no_problem():
+    with pytest.raises(ValueError, match=r"call it in jax.shard_map"):
+        data_parallel(SQUARES, "data").outer(jnp.ones(()), jnp.ones(()), jnp.asarray(ROWS))
+    with pytest.raises(TypeError, match="problem: got tuple"):
+        data_parallel((1, 2), "data")
+
+
+def test_losses_without_data_are_left_as_they_are():
+    problem = data_parallel(Problem(lambda z, x, d: z**2, lambda z, x, d: z**2), "data")
+    assert problem.inner(jnp.float64(3), None, None) == 9
+
+
+def test_weighted_rows_need_one_value_a_sample():
+    data = Weighted(jnp.asarray(ROWS), jnp.asarray(ROWS / ROWS.mean()))
+    specs = (P(), P(), P("data"))
+    mean = mean_of(data_parallel(SQUARES, "data"), specs)(jnp.ones(()), jnp.ones(()), data)
+    np.testing.assert_allclose(mean, np.average((1 - ROWS) ** 2, weights=ROWS), rtol=1e-12)
+    scalar = Problem(*(lambda z, x, a, loss=loss: loss(z, x, a).mean() for loss in SQUARES))
+    with pytest.raises(ValueError, match=r"problem.inner: got a scalar loss, expected one value a sample"):
+        mean_of(data_parallel(scalar, "data"), specs)(jnp.ones(()), jnp.ones(()), data)
+
+
+def test_weights_of_a_batch_are_not_lost():
+    """`sharded` moves them into the data; a solver in a shard_map of one's own refuses them."""
+    problem, sampler = tiny().problem, samplers.uniform(3)
+    solver = build("soba", data_parallel(problem, "data"))
+    batch = sampler.batches(tiny().data, jax.random.key(0), 0, 1)
+    specs = Batch(P(None, "data"), P(None, "data"), P(), P(), P(None, "data"), P("data"))
+    state = build("soba", problem).init(tiny().start, batch)
+    with pytest.raises(ValueError, match="got a scalar loss, expected one value a sample"):
+        jax.shard_map(solver.update, mesh=data_mesh(), in_specs=(P(), specs), out_specs=P())(state, batch)
+    moved = sharded(problem, partial(build, "soba"), data_mesh()).update(state, batch)
+    assert distance(moved.vars, build("soba", problem).update(state, batch).vars) < 1e-12
+
+
+def test_sharded_refuses_batches_that_are_not_stacked():
+    solver = sharded(small().problem, partial(build, "soba"), data_mesh())
+    batch = ragged().batches(small().data, jax.random.key(0), 0, 2)
+    state = solver.init(small().start, ragged().batches(small().data, jax.random.key(0), 0, 1))
+    with pytest.raises(ValueError, match=r"batches.*expected a leading axis of length 1"):
+        solver.update(state, batch)
+    with pytest.raises(TypeError, match="batches: got tuple"):
+        solver.update(state, tuple(batch))
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_deal_hands_every_device_its_part_of_every_block(devices):
+    """Blocks of the shares, put together again, are the blocks of the data, weights included; the mean is that of the data."""
+    data = Levels(np.arange(10.0), {"row": np.arange(7.0)})
+    dealt = deal(data, devices, 4, outer_batch_size=8)
+    for part, whole, size, count in ((dealt.inner, data.inner, 4, 10), (dealt.outer, data.outer["row"], 8, 7)):
+        rows = part.rows["row"] if size == 8 else part.rows
+        np.testing.assert_allclose((rows * part.weight).mean(), whole.mean(), rtol=1e-12)
+        blocks = np.stack(np.split(rows, devices)).reshape(devices, -1, size // devices).swapaxes(0, 1).reshape(-1, size)
+        weights = (
+            np.stack(np.split(part.weight, devices)).reshape(devices, -1, size // devices).swapaxes(0, 1).reshape(-1, size)
+        )
+        np.testing.assert_array_equal(blocks[weights > 0], whole)
+        np.testing.assert_allclose(weights[weights > 0], blocks.size / count, rtol=1e-12)
+
+
+def test_deal_leaves_full_blocks_without_weights():
+    assert isinstance(deal(Levels(np.arange(8), np.arange(4)), 2, 4).inner, np.ndarray)
+
+
+def test_deal_refuses():
+    data = Levels(np.arange(8), np.arange(8))
+    with pytest.raises(ValueError, match="outer_batch_size: got 3, expected a multiple of 2, the number of devices"):
+        deal(data, 2, 4, outer_batch_size=3)
+    with pytest.raises(ValueError, match=r"data.outer: got leaves"):
+        deal(Levels(np.arange(8), (np.arange(8), np.arange(7))), 2, 4)
+    with pytest.raises(TypeError, match=r"batch_size: got 2.5"):
+        deal(data, 2, 2.5)
+
+
+@pytest.mark.parametrize("spec", [P("data"), P(None, "data")])
+def test_mesh_and_place_refuse(spec):
+    with pytest.raises(ValueError, match=r"tree\['state'\]: got the shape \(\), expected one that the devices"):
+        place({"state": np.float32(1)}, data_mesh(), spec)
+    with pytest.raises(ValueError, match="devices: got 99, expected at most"):
+        data_mesh(99)
+    with pytest.raises(TypeError, match=r"devices: got 2.0"):
+        data_mesh(2.0)
+
+
+def test_place_keeps_values_keys_and_dtypes():
+    tree = {"key": jax.random.key(3), "rows": np.arange(4, dtype=np.int32), "state": jnp.ones((2, 3), jnp.float32)}
+    placed = place(tree, data_mesh())
+    assert placed["key"] == tree["key"]
+    assert placed["rows"].dtype == np.int32
+    np.testing.assert_array_equal(placed["state"], tree["state"])
+
+
+def test_composes_with_a_solver_of_ones_own():
+    """`sharded` takes anything that makes a solver of a problem, and keeps its draws and cost."""
+    make = lambda problem: sweep(descend(implicit(problem), Vars(*map(optax.adam, STEPS))))
+    solver = sharded(small().problem, make, data_mesh())
+    assert (solver.draws, solver.cost) == (1, make(small().problem).cost)
+    assert not solver.lazy
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
