@@ -1,5 +1,6 @@
 """Readers: batches for `bilevel_jax.stream` of data that stay in files, read ahead by a thread."""
 
+import math
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -85,7 +86,7 @@ def _read(stretch: Any, arrays: Levels, firsts: range, length: int, ahead: int) 
         with jax.enable_x64(wide):
             plan = next(waiting)
             inner, outer = (
-                jax.tree.map(lambda leaf, rows=rows: np.take(leaf, rows, axis=0, mode="clip"), part)
+                jax.tree.map(lambda leaf, rows=rows: _rows(leaf, rows), part)
                 for part, rows in zip(arrays, (plan.inner, plan.outer), strict=True)
             )
             batch = jax.device_put(plan._replace(inner=inner, outer=outer))
@@ -101,3 +102,13 @@ def _read(stretch: Any, arrays: Levels, firsts: range, length: int, ahead: int) 
     finally:
         for future in coming:  # the thread ends with its pool, when nobody holds this any more
             future.cancel()
+
+
+def _rows(leaf: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Rows of an array, copied once: on a CPU jax takes memory that is aligned to 64 bytes as it is, and copies other."""
+    shape = (*rows.shape, *leaf.shape[1:])
+    size = math.prod(shape) * leaf.itemsize
+    room = np.empty(size + 64, np.uint8)
+    skip = -room.ctypes.data % 64
+    out = room[skip : skip + size].view(leaf.dtype).reshape(shape)
+    return np.take(leaf, rows, axis=0, out=out, mode="clip")

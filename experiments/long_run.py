@@ -166,7 +166,7 @@ class Kill(NamedTuple):
     seconds: float  # since the start of the process
     last_row: int  # steps; -1 where there is none
     last_checkpoint: int
-    saving: bool  # whether a checkpoint was left half written
+    saving: bool  # whether it left a checkpoint half written
 
 
 def kill(command: Sequence[str], folder: Path, aim: str, delay: float, patience: float = 120.0) -> Kill | None:
@@ -201,7 +201,8 @@ def kill(command: Sequence[str], folder: Path, aim: str, delay: float, patience:
         finally:
             process.kill()
             process.wait()
-    return Kill(aim, time.monotonic() - began, last_row(folder), last_checkpoint(folder), bool(_half_written(folder)))
+    saving = bool(_half_written(folder) - left)
+    return Kill(aim, time.monotonic() - began, last_row(folder), last_checkpoint(folder), saving)
 
 
 def last_row(folder: Path) -> int:

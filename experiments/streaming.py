@@ -7,6 +7,8 @@
 ``memory_us``, ``stream_us``       wall time of an update, median over the repeats
 ``ratio``, ``spread``              updates a second of the stream over those in memory, median of the ratios within a repeat,
                                    and the distance of their quartiles
+``process_ratio``                  the same of process time, which counts the work of all threads and none of other programs:
+                                   what the ratio is where no core is free for the reader
 ``read_mb_s``                      megabytes a second that the stream reads
 =================================  ======================================================================================
 
@@ -100,12 +102,12 @@ def streamed(shape: Shape, solver: Solver, updates: int, data: Levels) -> Iterat
         yield state
 
 
-def timed(calls: Iterator[Any], count: int) -> float:
-    """Seconds of so many calls, after some that are not timed."""
+def timed(calls: Iterator[Any], count: int) -> tuple[float, float]:
+    """Wall and process seconds of so many calls, after some that are not timed."""
     jax.block_until_ready(last(calls, WARM))
-    tick = time.perf_counter()
+    wall, process = time.perf_counter(), time.process_time()
     jax.block_until_ready(last(calls, count))
-    return time.perf_counter() - tick
+    return time.perf_counter() - wall, time.process_time() - process
 
 
 def last(calls: Iterator[Any], count: int) -> Any:
@@ -124,8 +126,8 @@ def measure(config: Config, name: str, updates: int, bar: tqdm) -> dict[str, Any
         memory, files = in_memory(shape, solver, updates), streamed(shape, solver, updates, mapped(shape.data, paths))
         timed(files, 1)  # compiles
         timed(memory, 1)
-        count = max(1, round(config.seconds / timed(memory, 1)))
-        count = max(1, round(config.seconds * count / timed(memory, count)))
+        count = max(1, round(config.seconds / timed(memory, 1)[0]))
+        count = max(1, round(config.seconds * count / timed(memory, count)[0]))
         pairs = []
         for repeat in range(config.repeats):
             order = (memory, files) if repeat % 2 else (files, memory)
@@ -134,7 +136,8 @@ def measure(config: Config, name: str, updates: int, bar: tqdm) -> dict[str, Any
             bar.update()
     finally:
         shutil.rmtree(folder)
-    (memory_s, stream_s), ratios = np.median(pairs, axis=0), np.array([m / s for m, s in pairs])
+    times = np.array(pairs)  # [repeats, memory or stream, wall or process]
+    (memory_s, stream_s), ratios = np.median(times[..., 0], axis=0), times[:, 0] / times[:, 1]
     rows = solver.draws * BATCH * updates * count
     read = sum(rows * leaf[0].nbytes for leaf in jax.tree.leaves(shape.data))
     return {
@@ -143,8 +146,9 @@ def measure(config: Config, name: str, updates: int, bar: tqdm) -> dict[str, Any
         "updates_a_call": updates,
         "memory_us": 1e6 * memory_s / (count * updates),
         "stream_us": 1e6 * stream_s / (count * updates),
-        "ratio": np.median(ratios),
-        "spread": np.subtract(*np.quantile(ratios, (0.75, 0.25))),
+        "ratio": np.median(ratios[:, 0]),
+        "spread": np.subtract(*np.quantile(ratios[:, 0], (0.75, 0.25))),
+        "process_ratio": np.median(ratios[:, 1]),
         "read_mb_s": read / stream_s / 1e6,
     }
 

@@ -345,7 +345,7 @@ def test_a_stream_is_taken_up(tmp_path):
 def test_tensorboard(tmp_path):
     """Read back as records of its format: a length, a checksum, an event, a checksum."""
     pytest.importorskip("tensorboardX")
-    from tensorboardX.proto.event_pb2 import Event
+    Event = pytest.importorskip("tensorboardX.proto.event_pb2").Event
 
     def read():
         found = []
