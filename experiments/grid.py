@@ -43,6 +43,8 @@ from experiments.store import Store
 FIRST_SEED = 1001
 #: Updates whose random choices are in memory at once, at most.
 STRETCH = 4096
+#: Lanes of a program on a CPU by default: 32 take longer than twice 16 (see `experiments.seeds`).
+NARROW = 16
 #: Metrics of which less is better.
 METRICS = ("suboptimality", "gradient_norm", "inner_distance", "validation_loss", "test_loss", "test_error")
 AXES = ("step_size", "outer_ratio", "decay")
@@ -79,8 +81,8 @@ class Config:
     """which one to choose by (default: suboptimality, or validation_loss: what the outer problem is about)"""
     memory_gb: float = 2.0
     """what the programs, with their data, may take"""
-    lanes: int = 16
-    """most lanes of a program: wider ones are slower on a CPU, and lose more when interrupted"""
+    lanes: int | None = None
+    """most lanes of a program (default: 16 on a CPU, where wider ones are slower; elsewhere what fits)"""
     out: Path = Path("results/grid")
     """folder to write to"""
     resume: bool = False
@@ -90,7 +92,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("lanes", "steps"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise SystemExit(f"--{name}: got {getattr(self, name)}, expected at least 1")
         for name in ("step_sizes", "outer_ratios", "solvers"):
             if not getattr(self, name):
@@ -203,8 +205,10 @@ def search(config: Config, task: Task, base: dict[str, Rates], metric: str) -> p
             a, r, e = (jnp.asarray(table[axis], jnp.float32) for axis in AXES)
             lanes = Lanes(a, r, e if config.decays else None, jnp.asarray(table["seed"], jnp.int32))
             copies = min(cores(), len(table))
-            widest = min(config.lanes, -(-len(table) // copies))
+            most = config.lanes or (NARROW if jax.default_backend() == "cpu" else len(table))
+            widest = min(most, -(-len(table) // copies))
             call, width = fit(program(task, name, base[name], config), lanes, task.data, widest, 1e9 * config.memory_gb, copies)
+            bar.set_description(f"{name}, {copies} x {width} lanes")
             for first in range(0, len(todo), copies * width):
                 rows = todo.iloc[first : first + copies * width]
                 ends = run(call, lanes, rows["lane"].to_numpy(), copies, width, task.data)
