@@ -276,5 +276,5 @@ def deal(data: Levels, devices: int, batch_size: int, *, outer_batch_size: int |
         take = np.minimum(order, count - 1)
         rows = jax.tree.map(lambda leaf, take=take: np.asarray(leaf)[take], part)
         weight = np.where(order < count, total / count, 0.0).astype(jnp.result_type(float))
-        parts.append(rows if total == count else Weighted(rows, weight))
+        parts.append(rows if total == count else Weighted(rows, weight))  # type: ignore[arg-type]
     return Levels(*parts)

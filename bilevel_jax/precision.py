@@ -84,8 +84,8 @@ def _narrow(loss: Loss, name: str) -> Loss:
         whole = count // CHUNK * CHUNK
         chunks = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, CHUNK, *leaf.shape[1:]), data)
         # a float32 copy of z and x for each chunk: the sum over the copies is that of their derivatives, of any order
-        copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count // CHUNK, *leaf.shape)), (z, x))
-        values = jax.vmap(rounded)(*copies, chunks).reshape(-1)
+        zs, xs = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count // CHUNK, *leaf.shape)), (z, x))
+        values = jax.vmap(rounded)(zs, xs, chunks).reshape(-1)
         rest = jax.tree.map(lambda leaf: leaf[whole:], data)
         return values if whole == count else jnp.concatenate([values, rounded(z, x, rest)])
 

@@ -137,7 +137,7 @@ def shared_out(name: str, q: testing.Quadratic, batch: int, updates: int, mesh: 
     solver = SOLVERS[name](data_parallel(q.problem, axis), STEPS)
     local = partial(after, solver, batch // mesh.size, q.start, updates)
     program = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P(axis), out_specs=P())).lower(data).compile()
-    return program(data), sent(program.as_text())
+    return program(data), sent(str(program.as_text()))
 
 
 def distance(left: Any, right: Any) -> float:

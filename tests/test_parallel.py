@@ -90,7 +90,7 @@ def whole_run(name: str, mesh: Any, batch_sizes: tuple[int, int]) -> tuple[float
     placed = place(data, mesh, P("data"))
     program = many.lower(placed).compile()
     single = jax.jit(partial(go, q.problem, list(batch_sizes)))(q.data)
-    return distance(program(placed), single), program.as_text()
+    return distance(program(placed), single), str(program.as_text())
 
 
 def places_of_the_mean(mesh: Any) -> dict[str, float]:
