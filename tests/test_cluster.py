@@ -13,7 +13,7 @@ import pytest
 from bilevel_jax import Levels, Problem, Result, Vars, samplers
 from bilevel_jax.distributed import adbo, simulate
 from bilevel_jax.distributed.adbo import Rates
-from bilevel_jax.distributed.cluster import ClusterError, Inline, slept, train
+from bilevel_jax.distributed.cluster import ClusterError, Inline, train
 from bilevel_jax.distributed.transport import Lost, Ready
 from bilevel_jax.distributed.worker import (
     Back,
@@ -259,7 +259,7 @@ def test_answers_of_an_earlier_life_are_discarded(undisturbed):
     check_same(jax.device_get(master), undisturbed, tol=0)
 
 
-def test_a_worker_that_keeps_failing_ends_the_run_with_all_that_is_known(tmp_path):
+def test_a_worker_that_keeps_failing_ends_the_run_with_all_that_is_known(tmp_path, undisturbed):
     def spoil(answer, n):
         return not_a_number(answer) if answer.worker == 2 and isinstance(answer.body, Worked) and n >= 4 else answer
 
@@ -271,7 +271,7 @@ def test_a_worker_that_keeps_failing_ends_the_run_with_all_that_is_known(tmp_pat
     assert all(np.isfinite(leaf).all() for leaf in error.master[1:6])
     assert error.history["step"].tolist() == [0]
     saved, _ = train(make(), Faulty(), **ALL, checkpoint=tmp_path / "run")  # and goes on, once the reason is gone
-    check_same(jax.device_get(saved), jax.device_get(train(make(), Faulty(), **ALL)[0]), tol=0)
+    check_same(jax.device_get(saved), undisturbed, tol=0)
 
 
 def test_waiting_is_bounded_and_names_who_is_missing():
@@ -281,15 +281,15 @@ def test_waiting_is_bounded_and_names_who_is_missing():
     known = ALL | {"quorum": 1, "on_lost": "wait", "patience": 0.2}
     with pytest.raises(ClusterError, match=r"worker 1: no answer for 0.2 seconds, .*iteration [5-9]; the state is not saved"):
         train(make(cut_period=10), Faulty(silent, make(cut_period=10)), **known)  # went on to the staleness, then blocked
-    back = Faulty(once(1, 3, lambda answer: (transport_back(answer), Lost(1))[1]))
 
-    def transport_back(answer):
-        back.start(answer.worker)  # by itself
-        back.events.rotate(1)  # after the loss
+    def revived(answer):
+        back.events.append(Lost(1))
+        back.start(1)  # by itself
 
+    back = Faulty(once(1, 3, revived))
     master, history = train(make(), back, **known)
     assert (int(master.step), history["lost"][-1]) == (10, 1)
-    with pytest.raises(ClusterError, match="worker 0 would not mend by itself, expected on_lost='restore'.*NaN"):
+    with pytest.raises(ClusterError, match=r"worker 0 would not mend by itself, expected on_lost='restore'.*NaN"):
         train(make(), Faulty(once(0, 2, not_a_number)), **known)
 
 
@@ -313,13 +313,13 @@ def test_a_worker_that_cannot_start_ends_the_run_at_once():
             except FileNotFoundError as error:
                 self.events.append(Lost(worker, repr(error), error=True))
 
-    with pytest.raises(ClusterError, match="worker 0 did not come up: FileNotFoundError.*no shard here"):
+    with pytest.raises(ClusterError, match=r"worker 0 did not come up: FileNotFoundError.*no shard here"):
         train(make(), Reports(load=missing), **ALL)
     with pytest.raises(TypeError, match=r"load\(0\): got list, expected Levels"):
         train(make(), Faulty(load=lambda worker: [1.0]), **ALL)
 
 
-@pytest.mark.parametrize("interrupted", [1, 5, 13, 16, 21, 25])
+@pytest.mark.parametrize("interrupted", [1, 13, 16, 25])
 def test_a_master_that_was_interrupted_goes_on(interrupted, undisturbed, tmp_path):
     """In a period, between the rounds of a cut, after it: nothing is lost but the iteration under way."""
 
@@ -340,9 +340,8 @@ def test_a_master_that_was_interrupted_goes_on(interrupted, undisturbed, tmp_pat
     master, history = train(make(), Faulty(), **ALL, checkpoint=tmp_path, on_row=rows.append)
     check_same(jax.device_get(master), undisturbed, tol=0)
     assert history["step"].tolist() == [0, 5, 10] == [row["step"] for row in rows]
-    expected = train(make(), Faulty(), **ALL)[1]
-    for name in ("inner_gap", "made"):
-        assert history[name].tolist() == expected[name].tolist()
+    assert history["made"].tolist() == [0, 1, 2]
+    assert history["inner_gap"][-1] == undisturbed.inner_gap
     assert np.diff(history["seconds"]).min() > 0
     idle = Faulty()
     again, _ = train(make(), idle, **ALL, checkpoint=tmp_path)  # is done
@@ -365,15 +364,14 @@ def test_drained_workers_are_not_asked_again_after_an_interruption(tmp_path):
     whole, _ = train(method, Virtual(method, MACHINES), steps=10, **known)
     virtual = Virtual(method, MACHINES)
     train(method, virtual, steps=5, **known, checkpoint=tmp_path)
-    asked = []
-    resumed = Faulty(lambda answer, n: (asked.append((answer.worker, n)), answer)[1])
+    resumed, first = Faulty(), {}
+    send = resumed.send
+    resumed.send = lambda worker, message: (first.setdefault(worker, message.body), send(worker, message))
     master, _ = train(method, resumed, steps=10, **known, checkpoint=tmp_path)
     assert (int(master.step), int(whole.step)) == (10, 10)
-    plan = simulate.schedule(MACHINES, method, steps=10, **known)
-    drained = np.flatnonzero(plan.drained[0] & ~plan.active[4])
-    assert len(drained)
-    first = next(i for i, (worker, n) in enumerate(asked) if n == 2)
-    assert not {worker for worker, _ in asked[:first]} & set(drained.tolist())
+    drained = simulate.schedule(MACHINES, method, steps=5, **known).drained[0]
+    assert 0 < drained.sum() < N
+    assert [first[worker].work for worker in range(N)] == (~drained).tolist()
 
 
 def test_divergence_of_the_master_keeps_the_last_finite_state():
@@ -451,7 +449,7 @@ def test_settings_that_make_no_sense_are_refused(own, error):
 
 
 def test_a_master_of_another_problem_is_refused():
-    with pytest.raises(ValueError, match=r"master.consensus_outer: got|master.cuts"):
+    with pytest.raises(ValueError, match=r"master.received: got float64\[3, 7\], expected float64\[3, 6\]"):
         train(make(), Faulty(), **ALL, master=make(max_cuts=7).init())
 
 

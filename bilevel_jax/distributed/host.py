@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -51,6 +52,37 @@ class _EvictedError(Exception):
     """A worker was evicted in the middle of a cut."""
 
 
+@lru_cache(maxsize=4)
+def _compiled(method: Adbo, metrics: Callable[[Vars], dict[str, Array]] | None) -> tuple[Callable, ...]:
+    """The master's functions; runs of one method share them."""
+
+    def iterate(master: Master, outer: Array, inner: Array, fresh: Array, active: Array) -> tuple[Master, Any, Array]:
+        new = method.update(adbo.record(master, outer, inner, fresh), active)
+        moved = [a for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(master), strict=True) if a is not b]
+        good = all_finite(moved)
+        # What an iteration leaves as it is (the coefficients of the cuts) is not selected over: that would copy it.
+        new = jax.tree.map(lambda a, b: a if a is b else jnp.where(good, a, b), new, master)
+        return new, (new.consensus_multiplier, new.received), good
+
+    def row(master: Master) -> dict[str, Array]:
+        apart, found = adbo.disagreement(master), method.vars(master)
+        code = jnp.where(all_finite((found, apart)), jnp.int32(Result.SUCCESSFUL), jnp.int32(Result.NONFINITE))
+        known = {"inner_gap": master.inner_gap, "cuts": master.cuts.live.sum(), "made": master.made}
+        known |= {"refused": master.refused, "inner_apart": apart.inner, "outer_apart": apart.outer, "result": code}
+        return known | (metrics(found) if metrics else {})
+
+    def closed(new: Master) -> tuple[Array, Array, Array]:
+        # All cuts but a new one have a multiplier that is, or was, positive: the others have been dropped.
+        fresh = new.cuts.live & (new.cuts.multiplier == 0) & (new.cuts.before == 0)
+        slot = fresh.argmax()
+        return all_finite((new.cuts, new.estimate_multiplier, new.inner_gap)), slot, new.cuts.inner[:, slot]
+
+    def of_worker(master: Master, i: Array) -> adbo.Worker:
+        return jax.tree.map(lambda leaf: leaf[i], adbo.workers(master))
+
+    return (jax.jit(iterate, donate_argnums=0), *map(jax.jit, (adbo.record, row, closed, of_worker)))
+
+
 class Run:
     """The master's end: its state, what it knows of each worker, and what it has counted."""
 
@@ -83,32 +115,7 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.clock, self.begun, self.started = 0.0, 0.0, False
 
-        def iterate(master: Master, outer: Array, inner: Array, fresh: Array, active: Array) -> tuple[Master, Any, Array]:
-            new = method.update(adbo.record(master, outer, inner, fresh), active)
-            moved = [a for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(master), strict=True) if a is not b]
-            good = all_finite(moved)
-            # What an iteration leaves as it is (the coefficients of the cuts) is not selected over: that would copy it.
-            new = jax.tree.map(lambda a, b: a if a is b else jnp.where(good, a, b), new, master)
-            return new, (new.consensus_multiplier, new.received), good
-
-        def row(master: Master) -> dict[str, Array]:
-            apart, found = adbo.disagreement(master), method.vars(master)
-            code = jnp.where(all_finite((found, apart)), jnp.int32(Result.SUCCESSFUL), jnp.int32(Result.NONFINITE))
-            known = {"inner_gap": master.inner_gap, "cuts": master.cuts.live.sum(), "made": master.made}
-            known |= {"refused": master.refused, "inner_apart": apart.inner, "outer_apart": apart.outer, "result": code}
-            return known | (metrics(found) if metrics else {})
-
-        def closed(new: Master) -> tuple[Array, Array, Array]:
-            # All cuts but a new one have a multiplier that is, or was, positive: the others have been dropped.
-            fresh = new.cuts.live & (new.cuts.multiplier == 0) & (new.cuts.before == 0)
-            slot = fresh.argmax()
-            return all_finite((new.cuts, new.estimate_multiplier, new.inner_gap)), slot, new.cuts.inner[:, slot]
-
-        def of_worker(master: Master, i: Array) -> adbo.Worker:
-            return jax.tree.map(lambda leaf: leaf[i], adbo.workers(master))
-
-        self.iterate, self.record, self.row = jax.jit(iterate, donate_argnums=0), jax.jit(adbo.record), jax.jit(row)
-        self.closed, self.of_worker = jax.jit(closed), jax.jit(of_worker)
+        self.iterate, self.record, self.row, self.closed, self.of_worker = _compiled(method, metrics)
 
     def begin(self, master: Master) -> None:
         self.master, self.step, self.alive = master, int(master.step), np.array(master.alive)
@@ -314,18 +321,19 @@ class Run:
         quiet = time.monotonic()
         while not done():
             event = self.transport.wait_any(min(1.0, self.patience / 4))
-            if event is not None and self.alive[event.worker]:
-                self._take(event)
             now = time.monotonic()
-            quiet = quiet if event is None else now
-            late = (self._awaited() | ~self.up) & self.alive
-            if self.on_lost == "wait":
-                if now - quiet > self.patience:
-                    who = ", ".join(map(str, self._who(late)))
-                    raise ClusterError(f"worker {who}: no answer for {self.patience} seconds, expected it back")
+            if event is not None:  # while the master was busy answers have been waiting for it, not it for them
+                quiet = now
+                if self.alive[event.worker]:
+                    self._take(event)
                 continue
-            for i in self._who(late & (now - self.since > self.patience)):
-                self._lose(i, f"no answer for {self.patience} seconds")
+            late = (self._awaited() | ~self.up) & self.alive
+            if self.on_lost != "wait":
+                for i in self._who(late & (now - self.since > self.patience)):
+                    self._lose(i, f"no answer for {self.patience} seconds")
+            elif now - quiet > self.patience:
+                who = ", ".join(map(str, self._who(late)))
+                raise ClusterError(f"worker {who}: no answer for {self.patience} seconds, expected it back")
 
     def _take(self, event: Answer | Lost | Ready) -> None:
         i = event.worker

@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -55,7 +56,9 @@ def session(address: str | None = None) -> Iterator[None]:
         yield
         return
     if address is None:  # "local", or Ray would look for a cluster by itself
-        ray.init(address="local", include_dashboard=False, num_cpus=0, logging_level="ERROR", log_to_driver=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # of JAX; the children are other programs at once
+            ray.init(address="local", include_dashboard=False, num_cpus=0, logging_level="ERROR", log_to_driver=False)
     else:
         _reach(address)
         try:

@@ -1,0 +1,203 @@
+"""ADBO over Ray: processes are killed, stopped and spoilt for real; each outcome is as the policy says."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import psutil
+import pytest
+
+from bilevel_jax import Levels, samplers
+from bilevel_jax.distributed import cluster, ray_transport
+from tests.cluster_jobs import WORKERS, toy
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: pip install 'bilevel-jax[cluster]'"),
+    # Ray leaves sockets and files of its own to the collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+STEPS, SETTINGS = 1500, {"quorum": 2, "max_staleness": 8}
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session():
+    """One Ray for all."""
+    before = set(psutil.Process().children(recursive=True))
+    with ray_transport.session():
+        yield
+    left = [child for child in psutil.Process().children(recursive=True) if child not in before]
+    _, alive = psutil.wait_procs(left, timeout=20)
+    assert not alive
+
+
+@pytest.fixture(scope="module")
+def leaving():
+    """Agents of a Ray whose master was killed: they try for a minute to tell it so, while other tests run, and then they go."""
+    processes = []
+    yield processes
+    _, alive = psutil.wait_procs(processes, timeout=75)
+    assert not alive
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    method, load, objective = toy()
+    inline = cluster.Inline(method, samplers.full(), load, jax.random.key(0))
+    return cluster.train(method, inline, steps=STEPS, **SETTINGS, metrics=objective)[1]["loss"][-20:].mean()
+
+
+def workers_of(load=None, **own):
+    method, loader, _ = toy()
+    return ray_transport.RayWorkers(method, samplers.full(), load or loader, jax.random.key(0), **own)
+
+
+def train(workers, actions=None, **own):
+    """A run in which something is done to the workers at some rows."""
+    method, _, objective = toy()
+    actions = dict(actions or {})
+
+    def on_row(row):
+        if row["step"] in actions:
+            actions.pop(row["step"])()
+
+    known = {"steps": STEPS, "patience": 20.0} | SETTINGS | own
+    master, history = cluster.train(method, workers, **known, metrics=objective, on_row=on_row)
+    assert not actions
+    return master, history
+
+
+def send(workers, which, how=signal.SIGKILL):
+    return lambda: [os.kill(workers.places[worker][1], how) for worker in which]
+
+
+def listening(processes):
+    """Addresses on which processes listen."""
+    found = set()
+    for process in processes:
+        try:
+            found |= {c.laddr.ip for c in process.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN}
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def test_a_master_that_is_killed_goes_on_from_its_checkpoint(tmp_path, leaving):
+    command = [sys.executable, "-m", "tests.cluster_jobs", str(tmp_path / "run")]
+
+    def start(steps):
+        return subprocess.Popen([*command, str(steps)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    with start(10_000) as first:
+        rows = [first.stdout.readline() for _ in range(6)]
+        children = psutil.Process(first.pid).children(recursive=True)
+        assert len(children) > WORKERS
+        first.kill()
+    done = int(rows[-1].split()[0])
+    assert done == 100
+    _, alive = psutil.wait_procs(children, timeout=15)
+    assert {child.name() for child in alive} <= {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+    leaving.extend(alive)
+    with start(done + 60) as second:
+        rows = [line.split() for line in second.stdout]
+    assert second.returncode == 0
+    steps = [int(step) for step, _ in rows]
+    assert 80 <= steps[0] - 20 <= done + 20  # one checkpoint a period: that of the last row may not have been whole yet
+    assert steps == list(range(steps[0], done + 61, 20))
+    assert all(np.isfinite(float(loss)) for _, loss in rows)
+
+
+def test_workers_that_are_killed_are_restored(undisturbed):
+    with workers_of() as workers:
+        first = {}
+        actions = {
+            20: lambda: first.update(workers.places),
+            100: send(workers, [0]),
+            200: send(workers, [1, 2]),
+        }
+        sockets = {}
+        actions[400] = lambda: sockets.update(found=listening(psutil.Process().children(recursive=True)))
+        master, history = train(workers, actions)
+        assert int(master.step) == STEPS
+        assert 3 <= history["lost"][-1] <= 5
+        assert all(workers.places[worker] != first[worker] for worker in range(WORKERS))
+        assert history["loss"][-20:].mean() == pytest.approx(undisturbed, rel=0.01)
+        assert history["result"].max() == 0
+    assert sockets["found"]
+    assert all(ip in ("127.0.0.1", "::1", "::ffff:127.0.0.1") for ip in sockets["found"]), sockets
+    _, alive = psutil.wait_procs([psutil.Process(pid) for _, pid in workers.places.values() if psutil.pid_exists(pid)], 20)
+    assert not alive
+
+
+def test_workers_that_hang_or_answer_nonsense_are_restored(undisturbed, tmp_path):
+    _, loader, _ = toy()
+
+    def load(worker):  # the data of worker 1 are spoilt the first time
+        data, marker = loader(worker), tmp_path / f"been {worker}"
+        if worker == 1 and not marker.exists():
+            marker.touch()
+            return Levels(data.inner, data.outer * np.nan)
+        return data
+
+    with workers_of(load) as workers:
+        stopped = []
+
+        def stop():
+            stopped.append(psutil.Process(workers.places[0][1]))
+            stopped[0].suspend()
+
+        _, history = train(workers, {100: stop})
+        assert history["lost"].tolist()[0] == 0
+        assert history["lost"][-1] == 2
+        assert history["loss"][-20:].mean() == pytest.approx(undisturbed, rel=0.01)
+    try:
+        _, alive = psutil.wait_procs(stopped, 20)
+        assert not alive
+    finally:
+        [process.kill() for process in stopped if process.is_running()]
+
+
+def test_waiting_workers_come_back_by_themselves_and_evicted_ones_do_not(undisturbed):
+    with workers_of(revive=True) as workers:
+        _, history = train(workers, {100: send(workers, [1])}, on_lost="wait")
+        assert history["lost"][-1] >= 1
+        assert history["loss"][-20:].mean() == pytest.approx(undisturbed, rel=0.01)
+    with workers_of() as workers:
+        master, history = train(workers, {100: send(workers, [1])}, on_lost="evict", steps=200)
+        assert master.alive.tolist() == [True, False, True]
+        assert history["lost"][-1] == 1
+        assert np.isfinite(history["loss"]).all()
+
+
+def test_an_exception_in_a_worker_reaches_the_master():
+    def load(worker):
+        raise FileNotFoundError(f"no shard {worker} here")
+
+    with workers_of(load) as workers, pytest.raises(cluster.ClusterError, match=r"did not come up.*(?s:.*)no shard \d here"):
+        train(workers)
+
+
+def test_addresses_are_refused_that_cannot_be_meant():
+    method, load, _ = toy()
+    with pytest.raises(RuntimeError, match="address: got one, but Ray was imported for this machine only"):
+        ray_transport.RayWorkers(method, samplers.full(), load, jax.random.key(0), address="auto").__enter__()
+    script = """
+import sys, time
+import ray
+from bilevel_jax.distributed import ray_transport
+for address, kind in ((None, RuntimeError), ("nonsense", ValueError), ("127.0.0.1:9", ConnectionError)):
+    begun = time.monotonic()
+    try:
+        with ray_transport.session(address):
+            sys.exit(f"{address} was taken")
+    except kind as error:
+        assert str(error).startswith("address: got"), error
+    assert time.monotonic() - begun < 30
+"""
+    variables = {name: value for name, value in os.environ.items() if name != ray_transport.CLUSTER}
+    subprocess.run([sys.executable, "-c", script], check=True, env=variables, timeout=60)
