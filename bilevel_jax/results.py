@@ -153,8 +153,9 @@ def guard(solver: Solver | Callable[[Array | float], Solver], *, halvings: int =
             widest dtype of the variables).
         halvings: how often the rates may be halved, 100 at most.
         limit: refuse, too, what makes an entry of the variables larger than this in absolute value.  Without it a state counts
-            as good until it overflows, and few solvers find back from 1e38, at whatever rate.  It is divided by the scale: a
-            state just under the limit may have to move outwards before it comes back, at any rate.
+            as good until it overflows, and few solvers find back from 1e38, at whatever rate.  Choose it well above where the
+            variables belong: from a state just under it the solver may have to move outwards before it comes back, which is
+            then refused at any rate, until the halvings are used up.
 
     Returns:
         A solver of the same draws and cost, whose state ends with a `Guarded`: see `worst` and `frozen`.  Its code is that of
@@ -206,7 +207,7 @@ def guard(solver: Solver | Callable[[Array | float], Solver], *, halvings: int =
         old = state._replace(stages=stages, step=state.step if own.accepted is None else own.accepted)
         new = (solver(own.scale) if halvings else declared).update(old, batches)  # type: ignore[operator]
         finite = all_finite((new.vars, _without_tables(new.stages)))
-        good = finite & _within(limit if own.scale is None else limit / own.scale, new.vars)
+        good = finite & _within(limit, new.vars)
         kept = keep(good & ~own.frozen, new, old)
         refused = ~good & ~own.frozen
         code = jnp.where(finite, jnp.int32(Result.DIVERGED), jnp.int32(Result.NONFINITE))
@@ -228,7 +229,7 @@ def frozen(state: PyTree) -> Array:
     return jnp.stack([jnp.array(False), *found]).any()
 
 
-def _within(limit: float | Array, vars: Vars) -> Array:
+def _within(limit: float, vars: Vars) -> Array:
     """Whether no entry is larger than the limit."""
     wide = widest(vars)
     return jnp.stack([(jnp.abs(leaf).astype(wide) <= limit).all() for leaf in jax.tree.leaves(vars)]).all()

@@ -442,7 +442,9 @@ def test_ten_kills(tmp_path):
     """As the command does it, at random moments."""
     from experiments import long_run
 
-    table = long_run.kills(long_run.Config(kills=10, steps=400_000, every=1000, save_every=10_000, out=tmp_path / "runs"))
+    config = long_run.Config(kills=10, steps=400_000, every=1000, save_every=10_000, out=tmp_path / "runs")
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        table = long_run.kills(config)
     assert len(table) == 10
     assert table["saving"].any()
     assert table["last_checkpoint"].nunique() > 3

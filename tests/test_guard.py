@@ -242,7 +242,7 @@ def test_halving_goes_through_the_states_of_the_accepted_draws(name):
     for t, batch in enumerate(batches):
         state = guarded(wild, state, batch)
         tried = bare(wild, jnp.asarray(np.float64(scale)), plain, batch)
-        if fine(tried) and not large(tried.vars, LIMIT / scale):
+        if fine(tried) and not large(tried.vars, LIMIT):
             plain = tried
         else:
             refused.append(t)
