@@ -118,8 +118,10 @@ def deterministic(name: str, shape: Shape) -> tuple[Solver, Solver]:
         return made, by_hand(shape, meha_by_hand)
     opts = Vars(inner=optax.sgd(a), outer=optax.sgd(x))
     # No tolerance, so that both take all their steps.
-    conjugate = linear_solve.cg(max_steps=TERMS, rtol=0.0)
-    return solvers.aid_bio(shape.problem, opts, inner_steps=INNER_STEPS, linear_solver=conjugate), by_hand(shape, aid_by_hand)
+    made = solvers.aid_bio(
+        shape.problem, opts, inner_steps=INNER_STEPS, linear_solver=linear_solve.cg(max_steps=TERMS, rtol=0.0)
+    )
+    return made, by_hand(shape, aid_by_hand)
 
 
 def by_hand(shape: Shape, step: Callable[[Any, Any, Vars, Vars], Vars]) -> Solver:
@@ -150,9 +152,25 @@ def aid_by_hand(g: Any, f: Any, vars: Vars, rates: Vars) -> Vars:
     z = jax.lax.fori_loop(0, INNER_STEPS, lambda _, z: z - rates.inner * jax.grad(g)(z, x), z)
     hessian = jax.linearize(lambda z: jax.grad(g)(z, x), z)[1]
     fz, fx = jax.grad(f, argnums=(0, 1))(z, x)
-    v, _ = jax.scipy.sparse.linalg.cg(hessian, -fz, x0=v, maxiter=TERMS, tol=0.0)
+    v = conjugate(hessian, -fz, v)
     cross = jax.grad(lambda x: jax.jvp(lambda z: g(z, x), (z,), (v,))[1])(x)
     return Vars(z, v, x - rates.outer * (cross + fx))
+
+
+def conjugate(matvec: Callable[[Array], Array], rhs: Array, v: Array) -> Array:
+    """Conjugate gradients, all the steps: at the solution, too, where they stand still."""
+    tiny = jnp.finfo(rhs.dtype).tiny
+
+    def step(_: Any, carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        v, residual, direction, norm = carry
+        image = matvec(direction)
+        length = norm / jnp.maximum(jnp.vdot(direction, image), tiny)
+        residual = residual - length * image
+        new = jnp.vdot(residual, residual)
+        return v + length * direction, residual, residual + new / jnp.maximum(norm, tiny) * direction, new
+
+    residual = rhs - matvec(v)
+    return jax.lax.fori_loop(0, TERMS, step, (v, residual, residual, jnp.vdot(residual, residual)))[0]
 
 
 def meha_by_hand(g: Any, f: Any, vars: Vars, rates: Vars) -> Vars:
