@@ -1,6 +1,7 @@
 """Bilevel optimization in JAX: solver steps as pure functions, composed from oracles, estimators, optimisers and stages."""
 
 from bilevel_jax import (
+    checkpoints,
     checks,
     estimators,
     hypergrad,
@@ -10,17 +11,19 @@ from bilevel_jax import (
     nonsmooth,
     oracles,
     projections,
+    readers,
     samplers,
     solvers,
     tasks,
     testing,
     value_oracles,
 )
+from bilevel_jax.checkpoints import run_long
 from bilevel_jax.hypergrad import hypergradient
 from bilevel_jax.implicit_diff import implicit_fixed_point, implicit_root
-from bilevel_jax.loop import Carry, begin, resume, run, stream
+from bilevel_jax.loop import Carry, begin, resume, run, several, stream
 from bilevel_jax.oracles import implicit
-from bilevel_jax.results import Result, guard, spent, worst
+from bilevel_jax.results import Result, frozen, guard, spent, worst
 from bilevel_jax.solvers import default_opts
 from bilevel_jax.stages import assign, solve_aux, solve_inner, unroll
 from bilevel_jax.sweep import descend, per_sweep, sweep
@@ -39,10 +42,12 @@ __all__ = [
     "Vars",
     "assign",
     "begin",
+    "checkpoints",
     "checks",
     "default_opts",
     "descend",
     "estimators",
+    "frozen",
     "guard",
     "hypergrad",
     "hypergradient",
@@ -56,9 +61,12 @@ __all__ = [
     "oracles",
     "per_sweep",
     "projections",
+    "readers",
     "resume",
     "run",
+    "run_long",
     "samplers",
+    "several",
     "solve_aux",
     "solve_inner",
     "solvers",
