@@ -84,6 +84,7 @@ def data_parallel(problem: Problem, axis: str) -> Problem:
                 value = mean(z, x, data, None)
             return lax.pmean(value, axis)
 
+        everywhere.axis = axis  # type: ignore[attr-defined]  # for those who must not average, as the steps of a task
         return everywhere
 
     return Problem(parallel(problem.inner, "problem.inner"), parallel(problem.outer, "problem.outer"))
@@ -182,7 +183,8 @@ def sharded(problem: Problem, make: Callable[[Problem], Solver], mesh: Mesh, axi
 
     Args:
         problem: losses that return a scalar or, where weights are needed, one value a sample.
-        make: the solver of a problem, such as ``lambda problem: solvers.saba(problem, opts)``; of finite sums, not of tasks.
+        make: the solver of a problem, such as ``lambda problem: solvers.saba(problem, opts)``; not one of
+            `bilevel_jax.tasks`, whose inner steps would be averaged over the tasks of different devices.
         mesh, axis: the axis over which the rows are shared out.
 
     Returns:

@@ -29,7 +29,7 @@ from tests.tables import SOLVERS, STEPS, aux_like, build, distance, ragged, smal
 
 UPDATES = 5  # one more than the period of SRBA: a refresh in their midst
 #: One of each kind of stage, table, path and value; the others run in the slow suite.
-FAST = ("saba", "srba", "hoag", "itd_bio", "stable", "meha", "bome")
+FAST = ("saba", "hoag", "itd_bio", "meha", "bome")
 #: What differences of nearby values or gradients make of rounding: the quotient, over the distance.
 DIFFERENCES = {"pzobo": 1e-4, "hjfbio": 1e-3, "fdehbo": 1e-3}
 
@@ -119,7 +119,7 @@ def tasks_apart(mesh: Any) -> float:
     """MAML on tasks that lie on the devices by shares, against one device."""
     rng = np.random.default_rng(0)
     centres = jnp.asarray(rng.normal(size=(8, 3)))
-    loss = lambda z, x, c: 0.5 * ((z - c) ** 2 * jnp.arange(1.0, 4.0)).sum()
+    loss = lambda z, x, c: 0.5 * ((z - c) ** 2 * (1 + c**2)).sum()  # of unequal curvature: mixed tasks would show
     maml = solvers.maml(Problem(loss, loss), Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.5)), inner_steps=3)
     start, batch = Vars(outer=jnp.ones(3)), Batch(inner=centres[None], outer=0.5 * centres[None])
     update = jax.jit(maml.update)
@@ -143,7 +143,7 @@ def main(dtype: str, *names: str) -> None:
         mesh = data_mesh()
         found |= {"means": places_of_the_mean(mesh), "tasks": tasks_apart(mesh)}
         jax.config.update("jax_disable_most_optimizations", False)  # as the programs are looked at
-        cases = dict.fromkeys(("soba", "saba", "fsla"), (8, 8)) | {"srba": (12, 8)}
+        cases = dict.fromkeys(("soba", "saba"), (8, 8)) | {"srba": (12, 8)}
         found["runs"] = {name: whole_run(name, mesh, sizes) for name, sizes in cases.items()}
         found["runs"] = {name: (error, collectives(text)) for name, (error, text) in found["runs"].items()}
     print(json.dumps(found))
@@ -165,7 +165,7 @@ def measured(devices: int, dtype: str, *names: str, seconds: int) -> dict[str, A
 
 @pytest.fixture(scope="session")
 def four() -> dict[str, Any]:
-    return measured(4, "float64", *FAST, seconds=600)
+    return measured(4, "float64", *FAST, seconds=900)
 
 
 @pytest.mark.parametrize("way", ["spread", "sharded"])
@@ -177,14 +177,14 @@ def test_four_devices_equal_one(name, way, four):
 @pytest.mark.slow
 @pytest.mark.parametrize(("devices", "dtype"), [(4, "float64"), (4, "float32"), (8, "float64"), (8, "float32")])
 def test_every_solver_on_many_devices_equals_one(devices, dtype):
-    found = measured(devices, dtype, seconds=1800)["solvers"]
+    found = measured(devices, dtype, seconds=3600)["solvers"]
     assert set(found) == set(SOLVERS)
     for name, ways in found.items():
         tolerance = 1e-12 if dtype == "float64" else DIFFERENCES.get(name, 2e-6)
         assert max(ways.values()) < tolerance, (name, ways)
 
 
-@pytest.mark.parametrize("name", ["soba", "saba", "fsla", "srba"])
+@pytest.mark.parametrize("name", ["soba", "saba", "srba"])
 def test_a_run_on_dealt_shares_equals_one_device(name, four):
     """And only all-reduces are sent: no sample moves."""
     error, sent = four["runs"][name]
