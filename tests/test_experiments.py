@@ -20,7 +20,7 @@ import tyro
 from sklearn.metrics import f1_score
 
 from bilevel_jax import Levels, run
-from experiments import data, data_cleaning, grid, harness, hyperparameter_selection, logistic
+from experiments import data, data_cleaning, harness, hyperparameter_selection, logistic
 from experiments.methods import METHODS, Name, Rates
 
 ROOT = Path(__file__).parent.parent
@@ -355,12 +355,6 @@ def test_help_and_bad_names():
     with pytest.raises(SystemExit) as exit:
         tyro.cli(data_cleaning.Config, args=["--solvers", "sgd"])
     assert exit.value.code == 2
-
-
-def test_grid(tmp_path):
-    found = grid.main(grid.Config(steps=64, step_sizes=(0.05, 1e6), outer_ratios=(0.1, 1.0), out=tmp_path / "grid.csv"))
-    assert (found["gap"][:2] < 1).all()
-    assert found["gap"][2:].isna().all()
 
 
 @pytest.mark.slow
