@@ -106,7 +106,8 @@ def history(seconds: dict[tuple[str, int], float], accuracy: dict[str, list[floa
     for (name, slow), each in seconds.items():
         steps = np.arange(len(accuracy[name]))
         part = {"method": name, "stragglers": slow, "seed": 1, "step": 50 * steps, "seconds": each * steps}
-        parts.append(pd.DataFrame(part | {"bytes_up": steps, "bytes_down": steps, "accuracy": accuracy[name]}))
+        good = np.array(accuracy[name])
+        parts.append(pd.DataFrame(part | {"bytes_up": steps, "bytes_down": steps, "accuracy": good, "loss": 1 - good}))
     return pd.concat(parts)
 
 
@@ -118,6 +119,7 @@ def test_ratios_of_a_known_history():
     assert found["target"].tolist() == pytest.approx([0.792, 0.792])
     assert found["ratio"].tolist() == pytest.approx([10 / 3, 24 / 3])
     assert found["step_ratio"].tolist() == pytest.approx([2 / 3, 2 / 3])
+    assert found["loss_ratio"].tolist() == pytest.approx([15 / 3, 36 / 3])  # 0.2 / 0.99: both at their last row
     claims = report.claims(table)
     assert [c["holds"] for c in claims] == [True, True, True, True]
     assert claims[2]["measured"] == pytest.approx(2.4)

@@ -72,16 +72,15 @@ def method(workers: int, shape: Shape) -> Adbo:
 def measure(workers: int, quorum: int, staleness: int, slow: int) -> list[dict[str, Any]]:
     """A schedule: seconds, and the bytes and the memory of every shape, a row each."""
     machines = simulate.Cluster(simulate.log_normal(0.03), compute=0.001, slowdown=simulate.stragglers(workers, slow, 4.0))
+    made = {name: method(workers, shape) for name, shape in SHAPES.items()}
+    tick = time.perf_counter()
+    first = next(iter(made.values()))  # times do not depend on sizes
+    plan = simulate.schedule(machines, first, steps=STEPS, quorum=quorum, max_staleness=staleness)
+    host, total = time.perf_counter() - tick, float(plan.period_seconds[-1])
+    in_cuts = float((plan.period_seconds - plan.seconds[PERIOD - 1 :: PERIOD]).sum())
     rows = []
     for name, shape in SHAPES.items():
-        made = method(workers, shape)
-        if not rows:  # times do not depend on sizes
-            tick = time.perf_counter()
-            plan = simulate.schedule(machines, made, steps=STEPS, quorum=quorum, max_staleness=staleness)
-            host = time.perf_counter() - tick
-            total = float(plan.period_seconds[-1])
-            in_cuts = float((plan.period_seconds - plan.seconds[PERIOD - 1 :: PERIOD]).sum())
-        sent = simulate.traffic(made, plan, np.arange(1 + STEPS // PERIOD))
+        sent = simulate.traffic(made[name], plan, np.arange(1 + STEPS // PERIOD))
         rows.append(
             {
                 "problem": name,
