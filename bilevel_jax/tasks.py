@@ -18,7 +18,7 @@ from bilevel_jax.hypergrad import bind, path
 from bilevel_jax.hypergrad import implicit as by_linear_solve
 from bilevel_jax.linear_solve import LinearSolver, cg
 from bilevel_jax.optimisers import moved
-from bilevel_jax.oracles import losses
+from bilevel_jax.oracles import DrawLoss, losses
 from bilevel_jax.results import Status
 from bilevel_jax.samplers import take_draw
 from bilevel_jax.types import Array, Batch, Calls, Cost, Problem, PyTree, Stage, Vars
@@ -70,7 +70,7 @@ def through_steps(
 
     Cost of a task: N inner gradients, N Hessian-vector and N cross products (none if first order), one outer gradient pair.
     """
-    g, f = losses(problem)
+    g, f = _of_one_task(problem)
     checks.transformation("opt", opt)
     follow = path(opt, steps, checkpoint=checkpoint)
 
@@ -118,7 +118,7 @@ def proximal(
 
     Reference: Rajeswaran, Finn, Kakade, Levine, "Meta-learning with implicit gradients", NeurIPS 2019, arXiv 1909.04630.
     """
-    losses(problem)
+    _of_one_task(problem)
     checks.transformation("opt", opt)
     checks.positive("strength", strength)
     follow = path(opt, steps, truncate=0)
@@ -155,7 +155,7 @@ def displacement(problem: Problem, opt: optax.GradientTransformation, steps: int
 
     Reference: Nichol, Achiam, Schulman, "On first-order meta-learning algorithms", 2018, arXiv 1803.02999.
     """
-    g, _ = losses(problem)
+    g, _ = _of_one_task(problem)
     checks.transformation("opt", opt)
     follow = path(opt, steps, truncate=0)
 
@@ -280,6 +280,17 @@ def over_tasks(adaptation: Adaptation, opt: optax.GradientTransformation, *, loo
         return Vars(found.inner, vars.aux, x), TasksState(opt_state, Status(code))
 
     return Stage(init, update, 1, Cost(draw=adaptation.calls), lazy=True)
+
+
+def _of_one_task(problem: Problem) -> tuple[DrawLoss, DrawLoss]:
+    """The losses; refuses those of `bilevel_jax.parallel`, that average over devices: the inner steps of a task are its own."""
+    axis = getattr(problem.inner, "axis", None) if isinstance(problem, Problem) else None
+    if axis is not None:
+        raise ValueError(
+            f"problem: got losses that average over the devices of the axis {axis!r}, expected those of one task: lay the tasks "
+            "over the devices with bilevel_jax.parallel.place"
+        )
+    return losses(problem)
 
 
 def _tasks(draw: Batch) -> int:

@@ -268,6 +268,7 @@ def test_a_worker_that_keeps_failing_ends_the_run_with_all_that_is_known(tmp_pat
     error = caught.value
     assert error.result == Result.NONFINITE
     assert int(error.master.step) == 3
+    assert error.master is not None
     assert all(np.isfinite(leaf).all() for leaf in error.master[1:6])
     assert error.history["step"].tolist() == [0]
     saved, _ = train(make(), Faulty(), **ALL, checkpoint=tmp_path / "run")  # and goes on, once the reason is gone

@@ -342,3 +342,17 @@ def test_composes_with_a_solver_of_ones_own():
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+
+
+def test_losses_that_average_over_devices_are_refused_for_tasks():
+    from bilevel_jax import solvers
+
+    quartic = Problem(lambda z, x, a: ((z - a) ** 4).sum(), lambda z, x, b: ((z - b) ** 2).sum())
+    averaged = parallel.data_parallel(quartic, "data")
+    for make in (solvers.maml, solvers.reptile, solvers.imaml):
+        with pytest.raises(ValueError, match="average over the devices of the axis 'data', expected those of one task"):
+            make(
+                averaged,
+                Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)),
+                **({"strength": 1.0} if make is solvers.imaml else {}),
+            )

@@ -231,8 +231,6 @@ class Run:
         self.held = np.zeros_like(self.held)
         self._mark()
 
-    # ---- a cut
-
     def _cut(self) -> None:
         self._until(lambda: not self._awaited().any())  # answers under way
         new = None
@@ -283,8 +281,6 @@ class Run:
         known = [getattr(answer, field) for answer in self.answers if answer is not None]
         rows = [np.zeros_like(known[0]) if a is None else getattr(a, field) for a in self.answers]
         return jnp.asarray(np.stack(rows))
-
-    # ---- messages
 
     def _ask(self, i: int, body: Any, expects: Any) -> None:
         self.pending[i], self.expects[i], self.answers[i] = body, expects, None
@@ -359,9 +355,9 @@ class Run:
             sizes = {"outer": method.outer_size, "inner": method.inner_size}
             sizes |= {"hessian": method.inner_size, "cross": method.outer_size}
             name = f"answer of worker {i}"
-            if not isinstance(body, kind):
-                raise ClusterError(f"{name}: got {type(body).__name__}, expected {kind.__name__}")
             try:
+                if not isinstance(body, kind):
+                    raise ValueError(f"{name}: got {type(body).__name__}, expected {kind.__name__}")
                 fits(f"{name}: {kind.__name__}", body, {field: (sizes[field],) for field in body._fields}, method.dtype)
             except ValueError as error:
                 raise ClusterError(str(error)) from error

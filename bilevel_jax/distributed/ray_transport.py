@@ -1,13 +1,15 @@
 """Workers of ADBO in processes of their own, on this machine or on many, by Ray (``pip install 'bilevel-jax[cluster]'``).
 
-On this machine all sockets listen on loopback.  Ray has no authentication of its own: on several hosts, use a network whose
-every machine is trusted.  There, with the same versions of Python, Ray and this package on each host::
+On this machine all sockets listen on loopback.  On several hosts Ray listens on all interfaces, and runs what it is sent: use a
+network that is trusted, and a token (Ray 2.52 and later), the same on each host (``ray get-auth-token --generate`` on the first
+one).  With the same versions of Python, Ray and this package::
 
+    export RAY_AUTH_MODE=token
     ray start --head --port=6379                # on one host
     ray start --address=FIRST_HOST:6379         # on each of the others
 
-and the program, on any of them, says ``RayWorkers(..., address="auto")``.  A worker that is lost with its host is started on
-another one: ``load`` must find its data there.
+the program, on any of them, says ``RayWorkers(..., address="FIRST_HOST:6379")``.  A worker that is lost with its host is
+started on another one: ``load`` must find its data there.
 
 Reference: Moritz et al., "Ray: a distributed framework for emerging AI applications", OSDI 2018, arXiv 1712.05889.
 """
@@ -42,14 +44,14 @@ def session(address: str | None = None) -> Iterator[None]:
     """Ray, for as many runs as there are in the block: a local one takes seconds to start.
 
     Args:
-        address: of a cluster that is up: ``"auto"`` or ``"HOST:PORT"``; None starts one on this machine, on loopback only, and
-            ends it with the block.
+        address: ``"HOST:PORT"`` of a cluster that is up; None starts one on this machine, on loopback only, and ends it
+            with the block.
 
     Raises:
         ImportError: without Ray.
         RuntimeError: without an address, if Ray was imported before in such a way that it would listen on all interfaces; with
             one, if it was imported for this machine only.
-        ConnectionError: if nothing answers there, after 10 seconds.
+        ConnectionError: if nothing answers there, after 10 seconds; if it is no Ray, after a minute or two.
     """
     ray = _ray(local=address is None)
     if ray.is_initialized():
@@ -230,13 +232,13 @@ def _ray(local: bool) -> Any:
     loopback = not ray_constants.ENABLE_RAY_CLUSTER
     if local and not loopback:
         raise RuntimeError(
-            "address: got none, but Ray was imported before, and would listen on all interfaces; expected that nothing imports it "
-            f"first, or {CLUSTER}=0 in the environment, or the address of a cluster"
+            "address: got none, but Ray was imported before, and would listen on all interfaces; expected that nothing imports "
+            f"it first, or {CLUSTER}=0 in the environment, or the address of a cluster"
         )
     if loopback and not local:
         raise RuntimeError(
-            "address: got one, but Ray was imported for this machine only; expected that no run without an address comes first, "
-            f"or {CLUSTER}=1 in the environment"
+            "address: got one, but Ray was imported for this machine only; expected that no run without an address comes "
+            f"first, or {CLUSTER}=1 in the environment"
         )
     return ray
 
@@ -244,10 +246,8 @@ def _ray(local: bool) -> Any:
 def _reach(address: str) -> None:
     """Raise at once where Ray would try for a minute."""
     host, _, port = address.rpartition(":")
-    if address == "auto":
-        return
     if not host or not port.isdigit():
-        raise ValueError(f"address: got {address!r}, expected 'auto' or 'HOST:PORT'")
+        raise ValueError(f"address: got {address!r}, expected 'HOST:PORT'")
     try:
         socket.create_connection((host, int(port)), timeout=REACH).close()
     except OSError as error:

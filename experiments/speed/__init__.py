@@ -57,6 +57,6 @@ thread, at the settings that are best for ours with the exponent 1/4 that it has
 ``setting``, ``end``                       step sizes and parameters; the means of x and z at the end
 =========================================  ==============================================================================
 
-``python -m experiments.speed --device gpu`` times updates of solvers at sizes that fill a device, beside ceilings measured in the
-same run: see `experiments.speed.devices`, which says what the columns of *devices.csv* mean.
+``python -m experiments.speed --device gpu`` times updates of solvers at sizes that fill a device, beside ceilings measured in
+the same run: see `experiments.speed.devices`, which says what the columns of *devices.csv* mean.
 """
