@@ -287,8 +287,8 @@ def _of_one_task(problem: Problem) -> tuple[DrawLoss, DrawLoss]:
     axis = getattr(problem.inner, "axis", None) if isinstance(problem, Problem) else None
     if axis is not None:
         raise ValueError(
-            f"problem: got losses that average over the devices of the axis {axis!r}, expected those of one task: lay the tasks "
-            "over the devices with bilevel_jax.parallel.place"
+            f"problem: got losses that average over the devices of the axis {axis!r}, expected those of one task: lay the "
+            "tasks over the devices with bilevel_jax.parallel.place"
         )
     return losses(problem)
 

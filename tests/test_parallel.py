@@ -345,10 +345,8 @@ if __name__ == "__main__":
 
 
 def test_losses_that_average_over_devices_are_refused_for_tasks():
-    from bilevel_jax import solvers
-
     quartic = Problem(lambda z, x, a: ((z - a) ** 4).sum(), lambda z, x, b: ((z - b) ** 2).sum())
-    averaged = parallel.data_parallel(quartic, "data")
+    averaged = data_parallel(quartic, "data")
     for make in (solvers.maml, solvers.reptile, solvers.imaml):
         with pytest.raises(ValueError, match="average over the devices of the axis 'data', expected those of one task"):
             make(
