@@ -128,6 +128,14 @@ def test_ratios_of_a_known_history():
     assert [c["holds"] for c in worse] == [False, False, False, True]
 
 
+def test_a_run_that_diverged_is_infinitely_bad():
+    table = history({("adbo", 0): 1.0, ("sdbo", 0): 1.0}, {"adbo": [0.0, 0.9, 0.9], "sdbo": [0.0, 0.9, np.nan]})
+    assert report.ratios(table)["ratio"].tolist() == [np.inf]
+    ends = report.last(table, ["method"]).set_index("method")
+    assert ends["accuracy"].to_dict() == {"adbo": 0.9, "sdbo": 0.0}
+    assert np.isinf(ends.loc["sdbo", "loss"])
+
+
 def test_seconds_of_rounds_and_of_one_machine():
     case = problems.case("digits", Size(3, 2, 10, 100))
     machines = simulate.Cluster(simulate.constant(1.0), compute=0.5, slowdown=[1.0, 1.0, 4.0])

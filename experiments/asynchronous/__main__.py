@@ -255,7 +255,7 @@ def finish(config: Config, history: pd.DataFrame, title: str, step_sizes: dict[s
     table.to_csv(config.out / "ratios.csv", index=False)
     claims = report.claims(table, simulated=config.engine == "simulator")
     medians = table.groupby(["rival", "stragglers"]).median(numeric_only=True).drop(columns="seed") if len(table) else table
-    ends = history.groupby(["method", "stragglers", "seed"], sort=False).last()
+    ends = report.last(history, ["method", "stragglers", "seed"]).drop(columns="seed")
     ends = ends.groupby(["method", "stragglers"], sort=False).median()
     summary = {"title": title, "claims": claims, "step_sizes": step_sizes, "ratios": medians.reset_index().to_dict("records")}
     (config.out / "summary.json").write_text(json.dumps(summary, indent=2, default=float) + "\n")

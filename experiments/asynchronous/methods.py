@@ -46,7 +46,8 @@ class Rate(NamedTuple):
 BEST: dict[str, dict[str, Rate]] = {
     "digits": {"fednest": Rate(0.3, 1000.0), "d_soba": Rate(0.3, 1000.0), "saba": Rate(0.3, 10.0)},
     "mnist": {"fednest": Rate(0.3, 1000.0), "d_soba": Rate(0.3, 1000.0), "saba": Rate(0.1, 10.0)},
-    "fashion_mnist": {"fednest": Rate(0.1, 1000.0), "d_soba": Rate(0.3, 1000.0), "saba": Rate(0.03, 10.0)},
+    # Lower after 250 iterations, but diverging later: FedNest (0.1, 1000), and in one seed MNIST's (0.3, 1000) of D-SOBA.
+    "fashion_mnist": {"fednest": Rate(0.03, 1000.0), "d_soba": Rate(0.1, 1000.0), "saba": Rate(0.03, 10.0)},
     "ijcnn1": {"fednest": Rate(1.0, 1.0), "d_soba": Rate(1.0, 1.0), "saba": Rate(1.0, 1.0)},
     # SABA's own best, (0.3, 1), has neighbours that diverge.
     "covtype": {"fednest": Rate(1.0, 1.0), "d_soba": Rate(1.0, 1.0), "saba": Rate(0.1, 0.1)},

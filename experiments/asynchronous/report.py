@@ -21,9 +21,14 @@ STYLES = {
 SHARE = 0.99
 
 
+def last(history: Any, keys: list[str]) -> Any:
+    """The last rows of the runs; one that diverged counts as infinitely bad: left out, it would flatter the others."""
+    return history.groupby(keys, sort=False).tail(1).fillna({"accuracy": 0.0, "loss": np.inf})
+
+
 def reached(part: Any, there: Any, column: str) -> float:
-    """The first value of ``column`` in a run where ``there``; infinite if it never is."""
-    return float(part[there][column].iloc[0]) if there.any() else np.inf
+    """The first value of ``column`` in a run where ``there``; infinite if it never is, and for a run that diverged."""
+    return float(part[there][column].iloc[0]) if there.any() and part["loss"].notna().all() else np.inf
 
 
 def ratios(history: Any) -> pd.DataFrame:
@@ -141,10 +146,12 @@ def _curve(axis: Any, name: str, part: Any, column: str, metric: str) -> None:
     lost = part.loc[part[metric].isna(), "seed"].nunique()
     label = f"{label} ({lost} diverged)" if lost else label
     if column == "bytes" and name == "saba":  # sends nothing: where it ends
-        end = part.groupby("seed")[metric].last().median()
+        end = last(part, ["seed"])[metric].median()
         axis.axhline(end, linestyle=style, color=color, linewidth=1.2)
         return
-    groups = part[part["step"] > 0].groupby("step")
+    worst = 0.0 if metric == "accuracy" else np.inf
+    groups = part[part["step"] > 0].fillna({metric: worst}).groupby("step")
     x = groups[column].median()
-    axis.plot(x, groups[metric].median(), style, color=color, label=label, linewidth=1.7)
-    axis.fill_between(x, groups[metric].min(), groups[metric].max(), color=color, alpha=0.15, linewidth=0)
+    middle, low, high = (groups[metric].agg(kind).replace(np.inf, np.nan) for kind in ("median", "min", "max"))
+    axis.plot(x, middle, style, color=color, label=label, linewidth=1.7)
+    axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
