@@ -148,6 +148,7 @@ def _drive(
 ) -> Carry:
     """Run the chunks that begin at ``starts``; write, report and save what each has left while the next one runs."""
     copy, began, steps = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree)), time.monotonic(), starts.stop
+    carry = jax.device_put(carry, program.input_shardings[0][0])  # a restored one lies on one device, whatever the program's are
 
     def advance(carry: Carry, start: int) -> tuple[Carry, tuple]:
         carry, out = program(carry, data)

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from bilevel_jax import Batch, Levels, Problem, Solver, Vars, implicit, run, samplers, solvers, sweep, testing
+from bilevel_jax.checkpoints import run_long
 from bilevel_jax.estimators import total
 from bilevel_jax.parallel import Weighted, data_mesh, data_parallel, deal, place, sharded, spread
 from bilevel_jax.sweep import descend
@@ -127,6 +129,27 @@ def tasks_apart(mesh: Any) -> float:
     return distance(update(maml.init(start, batch), place(batch, mesh, P(None, "data"))).vars, single.vars)
 
 
+def taken_up(mesh: Any) -> dict[str, bool]:
+    """Whether a long run that is taken up again ends with the numbers of one that was not interrupted."""
+    q, found = small(), {}
+    make = partial(build, "saba")
+    ways = {
+        "spread": (make(q.problem), spread(ragged(), mesh), place(q.data, mesh)),
+        "sharded": (sharded(q.problem, make, mesh), ragged(), q.data),
+    }
+    for way, (solver, sampler, data) in ways.items():
+        with tempfile.TemporaryDirectory() as folder:
+
+            def go(name: str, steps: int, parts: Any = (solver, sampler, q.start, data), folder: str = folder) -> Any:
+                settings = {"folder": Path(folder) / name, "every": 2, "save_every": 2}
+                return run_long(*parts, jax.random.key(3), steps=steps, **settings)[0].state  # type: ignore[arg-type]
+
+            whole = go("whole", 6)
+            go("cut", 4)
+            found[way] = all(map(np.array_equal, *map(jax.tree.leaves, (whole, go("cut", 6)))))
+    return found
+
+
 def collectives(program: str) -> list[str]:
     """``kind result-type`` of every instruction of an optimised program by which devices exchange numbers."""
     kinds = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
@@ -141,7 +164,7 @@ def main(dtype: str, *names: str) -> None:
     found: dict[str, Any] = {"devices": jax.device_count(), "solvers": differences(list(names or SOLVERS), dtype)}
     if names:
         mesh = data_mesh()
-        found |= {"means": places_of_the_mean(mesh), "tasks": tasks_apart(mesh)}
+        found |= {"means": places_of_the_mean(mesh), "tasks": tasks_apart(mesh), "taken up": taken_up(mesh)}
         jax.config.update("jax_disable_most_optimizations", False)  # as the programs are looked at
         cases = dict.fromkeys(("soba", "saba"), (8, 8)) | {"srba": (12, 8)}
         found["runs"] = {name: whole_run(name, mesh, sizes) for name, sizes in cases.items()}
@@ -211,6 +234,11 @@ def test_mean_over_the_devices_belongs_into_the_loss_under_the_flag(four):
 
 def test_tasks_on_many_devices_equal_one(four):
     assert four["tasks"] < 1e-12
+
+
+@pytest.mark.parametrize("way", ["spread", "sharded"])
+def test_a_long_run_on_many_devices_is_taken_up(way, four):
+    assert four["taken up"][way]
 
 
 # On one device: the rules are the same.
