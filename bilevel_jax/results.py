@@ -146,7 +146,9 @@ def guard(solver: Solver | Callable[[Array | float], Solver], *, halvings: int =
     Refusing is exact.  The selection between old and new runs over every leaf but the tables, which would be copied at every
     step: a table only receives the row that was pending since an accepted step.  ``step`` goes on counting, and chooses the
     draws; a solver whose rates are halved itself counts the accepted updates (``step`` of its schedules and refreshes), so that
-    it goes through the states that it would go through on the accepted draws alone.
+    it goes through the states that it would go through on the accepted draws alone.  A stage that takes several steps with a
+    table (``descend(..., estimator=saga(), steps=3)``, and `bilevel_jax.loop.several` of SAGA) would have written rows of a
+    refused update: frozen, these lie unread; with ``halvings`` they would bias every later direction, and ``init`` refuses.
 
     Args:
         solver: any solver, or, with ``halvings``, a function ``scale -> solver`` (``scale`` is 1.0, or a traced float [] of the
@@ -163,7 +165,7 @@ def guard(solver: Solver | Callable[[Array | float], Solver], *, halvings: int =
 
     Raises:
         TypeError, ValueError: for ``halvings`` out of range, a ``limit`` that is not positive, a solver where a function is
-            expected and the other way round.
+            expected and the other way round; (in ``init``) for several steps with a table under ``halvings``.
 
     Cost: that of the solver.  Under vmap every lane has a scale of its own; with ``halvings`` it has a count of its own, too,
     so that estimators that refresh by the count (SARAH) pay a full pass at every step there.
@@ -199,6 +201,11 @@ def guard(solver: Solver | Callable[[Array | float], Solver], *, halvings: int =
         state = declared.init(vars, batches)
         own = Guarded(Status(jnp.zeros((), jnp.int32)), jnp.array(False))
         if halvings:
+            if _loops_over_tables(declared, state, batches):
+                raise ValueError(
+                    "halvings: got a solver that takes several steps with a table in an update, expected one step: rows that a "
+                    "refused update has written cannot be taken back; halvings=0 freezes it instead"
+                )
             own = own._replace(scale=jnp.ones((), widest(state.vars)), accepted=jnp.zeros((), jnp.int32))
         return state._replace(stages=(state.stages, own))
 
@@ -221,6 +228,28 @@ def guard(solver: Solver | Callable[[Array | float], Solver], *, halvings: int =
         return BilevelState(state.step + 1, kept.vars, (kept.stages, own))
 
     return declared._replace(init=init, update=update)
+
+
+def _loops_over_tables(solver: Solver, state: BilevelState, batches: Batch) -> bool:
+    """Whether a table goes into a loop within an update, where more than its pending row may be written."""
+    program = jax.make_jaxpr(solver.update)(state, batches).jaxpr
+    marks = jax.tree.map(lambda node: jax.tree.map(lambda _: _is_table(node), node), state, is_leaf=_is_table)
+    marks = jax.tree.leaves(marks)
+
+    def looped(jaxpr: Any, tables: list[Any]) -> bool:
+        for equation in jaxpr.eqns:
+            given = [any(one is table for table in tables) for one in equation.invars]
+            if not any(given):
+                continue
+            if equation.primitive.name in ("scan", "while"):
+                return True
+            inside = equation.params.get("jaxpr")  # of jit and shard_map
+            inside = getattr(inside, "jaxpr", inside)
+            if inside is not None and looped(inside, [one for one, g in zip(inside.invars, given, strict=True) if g]):
+                return True
+        return False
+
+    return looped(program, [one for one, mark in zip(program.invars, marks, strict=False) if mark])
 
 
 def frozen(state: PyTree) -> Array:

@@ -11,6 +11,7 @@ import pytest
 
 from bilevel_jax import Levels, Result, Vars, begin, descend, guard, implicit, resume, run, solvers, sweep, worst
 from bilevel_jax.estimators import SagaState, flush, saga
+from bilevel_jax.loop import several
 from bilevel_jax.results import Guarded, Status, all_finite, frozen
 from tests.checks import check_no_copies, check_same
 from tests.tables import ACCELERATED, STEPS, build, distance, every_kind, kinds, stream, tiny, tiny_sampler, tiny_start
@@ -305,6 +306,25 @@ def test_data_that_are_bad_use_up_the_halvings():
     assert int(carry.state.stages[1].accepted) < 60
     assert fine(flushed(carry.state))
     assert np.isfinite(history["x"]).all()
+
+
+def test_halving_refuses_several_steps_with_a_table():
+    """Where rows of a refused update would stay in the table for ever; whether the loop is in the stage or around it."""
+    opts = lambda scale: Vars(inner=optax.sgd(3 * scale))
+    several_steps = lambda scale, fresh: sweep(
+        descend(implicit(tiny().problem), opts(scale), estimator=saga(), steps=3, fresh=fresh)
+    )
+    solvers_of = {
+        3: partial(several_steps, fresh=True),
+        1: partial(several_steps, fresh=False),
+        2: lambda scale: several(halvable("saba", STEPS)(scale), 2),
+    }
+    for draws, make in solvers_of.items():
+        with pytest.raises(ValueError, match=r"halvings: got a solver that takes several steps with a table in an update"):
+            guard(make, halvings=20, limit=30.0).init(tiny().start, stream(draws)[0])
+        guard(make(1.0), limit=30.0).init(tiny().start, stream(draws)[0])
+    steps_without = lambda scale: sweep(descend(implicit(tiny().problem), opts(scale), steps=3))
+    guard(steps_without, halvings=20).init(tiny().start, stream(3)[0])
 
 
 def test_limit_stops_before_numbers_overflow():
