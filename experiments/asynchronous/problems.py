@@ -91,7 +91,7 @@ TUNED: dict[Dataset, Faster] = {
     "digits": Faster(10.0, 3.0, 10.0),
     "mnist": Faster(3.0, 1.0, 1.0),
     "fashion_mnist": Faster(3.0, 1.0, 1.0),
-    "ijcnn1": Faster(10.0, 1.0, 10.0),
+    "ijcnn1": Faster(10.0, 3.0, 10.0),
     "covtype": Faster(10.0, 3.0, 1.0),
 }
 FASTER = tuple(itertools.starmap(Faster, itertools.product((1.0, 3.0, 10.0), (1.0, 3.0), (1.0, 10.0))))
