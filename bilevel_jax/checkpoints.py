@@ -11,6 +11,7 @@ Needs orbax: ``pip install 'bilevel-jax[checkpoints]'``.
 
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -19,6 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows: there two runs in one folder are not noticed
+    fcntl = None
 
 import jax
 import jax.numpy as jnp
@@ -58,13 +64,15 @@ def run_long(
     """`bilevel_jax.run` for hours: a host loop over a jitted chunk of ``every`` updates, that can be killed at any moment.
 
     Called again with the same arguments it goes on from the last checkpoint in ``folder``, and ends as if it had never been
-    interrupted; with more ``steps`` it goes further.  Rows of the history after that checkpoint are computed again.  The device
-    is never kept waiting: the row of a chunk is fetched, reported and written while the next chunk runs, and checkpoints are
-    written by a thread of orbax, whole or not at all.
+    interrupted; with more ``steps`` it goes further.  Rows of the history after that checkpoint are computed again.  The row of
+    a chunk is fetched, reported and written while the next chunk runs.  Checkpoints are written by a thread of orbax, whole or
+    not at all; to begin one keeps the host for 7 to 25 ms (10 MB, on a CPU), and longer if the last is not written yet: the
+    device does not wait where chunks take longer than that, and hardly where ``save_every`` is many chunks.
 
     Args:
         solver, sampler, vars, data, key, metrics: as for `bilevel_jax.run`.
-        folder: made if it does not exist.  Anything else may lie in it, too.
+        folder: made if it does not exist.  Anything else may lie in it, too.  While it runs, the run holds a lock in it (where
+            the system has locks of files), which ends with the process, however that ends.
         steps: updates to do, a multiple of ``every``.
         every: updates from one row to the next.  The host needs about 0.1 ms a row: let a chunk take 10 ms or more.
         save_every: updates from one checkpoint to the next, a multiple of ``every``.  There is one at the end, too.
@@ -79,7 +87,8 @@ def run_long(
     Raises:
         TypeError, ValueError: for what `bilevel_jax.run` refuses, numbers that are not multiples of ``every``, and a folder
             that holds a run with other data, key, start, shapes, solver, rates, losses or metrics (programs are compared), or
-            one of more steps.
+            one of more steps, or that another process runs in; for metrics that are not real numbers, and where there are
+            several processes of JAX, which would all write (one process may have many devices).
         ImportError: without orbax.
 
     Cost: ``steps`` times ``solver.cost``, and what is computed again after an interruption: at most ``save_every`` updates, or
@@ -105,6 +114,8 @@ def run_long(
     for name, value in (("steps", steps), ("save_every", checks.positive_int("save_every", save_every))):
         if value % every:
             raise ValueError(f"{name}: got {value}, expected a multiple of every = {every}")
+    if jax.process_count() > 1:
+        raise ValueError(f"folder: got {jax.process_count()} processes of JAX, which would all write it, expected one")
     _orbax()
     checks.positive_int("keep", keep)
     carry = begin(solver, sampler, vars, data, key)
@@ -118,14 +129,13 @@ def run_long(
         return carry, (jax.tree.map(lambda leaf: leaf[0], rows), frozen(carry.state))
 
     program, folder = jax.jit(chunk, donate_argnums=0).lower(carry, data), Path(folder)
-    _claim(folder, _facts(carry, data, every, program))
-    with manager(folder / "checkpoints", keep=keep) as saved:
+    history = History(folder / "history.csv", jax.eval_shape(row_at, carry, data))
+    with _claimed(folder, _facts(carry, data, every, program)), manager(folder / "checkpoints", keep=keep) as saved:
         found = restore(saved, carry)
         carry = carry if found is None else found
         done = int(carry.state.step)
         if done > steps:
             raise ValueError(f"steps: got {steps}, expected at least {done}, which the run in {folder} has done already")
-        history = History(folder / "history.csv", jax.eval_shape(row_at, carry, data))
         if not history.take_up(done, every):
             first = jax.device_get(jax.jit(row_at)(carry, data))
             history.begin(first)
@@ -148,7 +158,7 @@ def _drive(
 ) -> Carry:
     """Run the chunks that begin at ``starts``; write, report and save what each has left while the next one runs."""
     copy, began, steps = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree)), time.monotonic(), starts.stop
-    carry = jax.device_put(carry, program.input_shardings[0][0])  # a restored one lies on one device, whatever the program's are
+    carry = jax.device_put(carry, program.input_shardings[0][0])  # a restored one lies on one device
 
     def advance(carry: Carry, start: int) -> tuple[Carry, tuple]:
         carry, out = program(carry, data)
@@ -195,6 +205,11 @@ class History:
         """Of rows of scalars with these names and dtypes."""
         names = ["step", *(name for name in shapes if name != "step")]
         self.path, self.dtypes = path, {name: np.dtype(shapes[name].dtype) for name in names}
+        for name, dtype in self.dtypes.items():
+            if not (isinstance(name, str) and name.isprintable()):
+                raise ValueError(f"metrics: got the name {name!r}, expected one of printable characters, on one line")
+            if jnp.issubdtype(dtype, jnp.complexfloating):
+                raise ValueError(f"metrics: got {name!r} of dtype {dtype}, expected a real number")
 
     def take_up(self, step: int, every: int) -> bool:
         """Drop the rows after a step, to be computed again; False if there is no file."""
@@ -208,7 +223,9 @@ class History:
 
     def begin(self, row: dict[str, np.ndarray]) -> None:
         """Make the file, with its first row."""
-        _write(self.path, ",".join(self.dtypes) + "\n" + self._line(row))
+        head = io.StringIO()
+        csv.writer(head, lineterminator="\n").writerow(self.dtypes)  # names may hold commas
+        _write(self.path, head.getvalue() + self._line(row))
 
     def add(self, row: dict[str, np.ndarray]) -> None:
         """Write a row."""
@@ -335,8 +352,25 @@ def tensorboard(folder: str | Path) -> Iterator[Callable[[Progress], None]]:
             writer.close()
 
 
-def _claim(folder: Path, facts: dict[str, Any]) -> None:
-    """Note what the run in a folder is, or refuse a folder of another run."""
+@contextmanager
+def _claimed(folder: Path, facts: dict[str, Any]) -> Iterator[None]:
+    """Note what the run in a folder is and hold the folder, or refuse one of another run or process."""
+    _refuse(folder, facts)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                wrong = f"folder: got {folder}, in which another process runs, expected another folder, or to wait for its end"
+                raise ValueError(wrong) from None
+        _refuse(folder, facts)  # as another process may have begun one since
+        if not (folder / "run.json").exists():
+            _write(folder / "run.json", json.dumps(facts, indent=2) + "\n")
+        yield
+
+
+def _refuse(folder: Path, facts: dict[str, Any]) -> None:
     path = folder / "run.json"
     if path.exists():
         before = json.loads(path.read_text())
@@ -350,8 +384,6 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
     for name in ("history.csv", "checkpoints"):
         if (folder / name).exists():
             raise ValueError(f"folder: got {folder}, which holds {name} but no run.json, expected a new one, or that of a run")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(facts, indent=2) + "\n")
 
 
 def _facts(carry: Carry, data: Levels, every: int, program: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -80,6 +81,10 @@ class Config:
                 raise SystemExit(f"--{name.replace('_', '-')}: got {value}, expected a positive number")
 
 
+#: As they are written on the command line.
+OPTIONS = {field.name.replace("_", "-") for field in dataclasses.fields(Config)}
+
+
 def solver_of(config: Config, problem: Any) -> Solver:
     """SABA with constant steps, guarded as the user chose."""
 
@@ -116,19 +121,20 @@ def go(config: Config, report: Callable[[Progress], None] | None = None) -> tupl
             report=report,
         )
     except ValueError as error:
-        if str(error).startswith(("folder:", "steps:")):
-            raise SystemExit(f"--out: {error}") from None
-        raise
+        name, _, wrong = str(error).partition(": ")
+        option = {"folder": "out"}.get(name, name.replace("_", "-"))
+        raise SystemExit(f"--{option}: {wrong}" if option in OPTIONS else f"long_run: {error}") from None
 
 
 def run(config: Config) -> None:
     """Run with a progress bar, and draw."""
-    record(config, config.out)
+    note = cache(partial(record, config, config.out))  # once the run is accepted: the folder may hold another one
     bars = tqdm(total=config.steps, unit="update", unit_scale=True, file=sys.stderr)
     boards = tensorboard(config.out / "tensorboard") if config.tensorboard else nullcontext(lambda progress: None)
     with boards as board, bars as bar:
 
         def report(progress: Progress) -> None:
+            note()
             if not bar.n:  # what earlier sessions did says nothing about the pace of this one
                 bar.n = bar.initial = max(progress.step - config.every, 0)
             bar.update(progress.step - bar.n)
@@ -136,6 +142,7 @@ def run(config: Config) -> None:
             board(progress)
 
         carry, history = go(config, report)
+    note()
     draw(history, config.out / "figure")
     last = int(history["step"][-1])
     print(f"step {last} of {config.steps}: validation loss {history['validation_loss'][-1]:.5g}")

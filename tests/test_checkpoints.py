@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 
 from bilevel_jax import Levels, Problem, Result, Vars, begin, checkpoints, guard, run, samplers, solvers, stream
 from bilevel_jax.checkpoints import run_long
@@ -193,6 +194,37 @@ def test_files_of_others_are_spared(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_two_runs_in_one_folder_are_refused(uninterrupted, tmp_path):
+    """The second one changes nothing, and the first goes on."""
+    seen = []
+
+    def report(progress):
+        if progress.step == 20:
+            before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+            with pytest.raises(ValueError, match="folder: got .*, in which another process runs, expected another folder"):
+                go(tmp_path)
+            assert {path: path.read_bytes() for path in before} == before
+        seen.append(progress.step)
+
+    same_runs(go(tmp_path, report=report), uninterrupted)
+    assert seen == list(range(0, 41, 5))
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="folder: got 2 processes of JAX, which would all write it, expected one"):
+        go(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_with_commas(tmp_path):
+    metrics = lambda vars, data: {"x, the outer one": vars.outer, 'a "quoted" name': vars.outer + 1}
+    go(tmp_path, steps=10, metrics=metrics)
+    _, history = go(tmp_path, steps=20, metrics=metrics)
+    np.testing.assert_array_equal(history['a "quoted" name'], history["x, the outer one"] + 1)
+    assert history["step"].tolist() == [0, 5, 10, 15, 20]
+
+
 def test_rows_that_are_missing_are_not_made_up(tmp_path):
     go(tmp_path, steps=20)
     path = tmp_path / "history.csv"
@@ -210,6 +242,12 @@ def test_rows_that_are_missing_are_not_made_up(tmp_path):
         ({"keep": 0}, ValueError, "keep: got 0, expected at least 1"),
         ({"save_every": 2.5}, TypeError, "save_every: got 2.5 of type float"),
         ({"key": 0}, TypeError, "key: got 0"),
+        (
+            {"metrics": lambda vars, data: {"x": lax.complex(vars.outer, vars.outer)}},
+            ValueError,
+            "metrics: got 'x' of dtype complex",
+        ),
+        ({"metrics": lambda vars, data: {"x\ny": vars.outer}}, ValueError, r"metrics: got the name 'x\\ny', expected one of"),
     ],
 )
 def test_bad_arguments(tmp_path, changes, error, message):
@@ -376,7 +414,7 @@ def test_without_tensorboardx(tmp_path, monkeypatch):
 
 # ---- killed -------------------------------------------------------------------------------------------------------------
 
-WIDE, ROWS, CHUNKS = 20_000, 120, 400  # tables of 60 blocks, 10 MB each: a save takes a while
+WIDE, ROWS, CHUNKS = 20_000, 120, 400  # tables of 60 blocks, 4.8 MB each: a save takes a while
 
 
 def heavy(folder: Path) -> Any:
@@ -414,8 +452,10 @@ def killed(tmp_path_factory):
     expected = heavy(whole)
     command = [sys.executable, "-m", "tests.test_checkpoints", str(folder)]
     kills = [kill(command, folder, "updates", 0.1), kill(command, folder, "save", 0.0)]
-    while kills[-1] is not None and not kills[-1].saving:  # a save that was quicker than we
-        kills[-1] = kill(command, folder, "save", 0.0)
+    for _ in range(20):
+        if kills[-1] is None or kills[-1].saving:
+            break
+        kills[-1] = kill(command, folder, "save", 0.0)  # the last save was quicker than we
     kills.append(kill(command, folder, "start", 0.7))
     return SimpleNamespace(kills=kills, expected=expected, found=heavy(folder), whole=whole, folder=folder)
 
@@ -432,7 +472,9 @@ def test_kills_came_at_the_moments_that_were_meant(killed):
     assert 0 < updates.last_row < 2 * CHUNKS
     assert save.saving
     assert save.last_row > save.last_checkpoint
-    assert (start.last_row, start.last_checkpoint) == (save.last_row, save.last_checkpoint)
+    # before its first new row: the history is whole, or has been cut back to the checkpoint by then
+    assert start.last_checkpoint == save.last_checkpoint
+    assert start.last_row in (save.last_row, save.last_checkpoint)
     x = killed.expected[1]["x"]
     assert len(set(x.tolist())) == len(x), "a run that stands still is easily reproduced"
 
