@@ -201,7 +201,7 @@ def test_two_runs_in_one_folder_are_refused(uninterrupted, tmp_path):
     def report(progress):
         if progress.step == 20:
             before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-            with pytest.raises(ValueError, match="folder: got .*, in which another process runs, expected another folder"):
+            with pytest.raises(ValueError, match=r"folder: got .*, in which another process runs, expected another folder"):
                 go(tmp_path)
             assert {path: path.read_bytes() for path in before} == before
         seen.append(progress.step)
