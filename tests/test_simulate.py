@@ -63,7 +63,7 @@ def test_without_cuts_the_largest_age_is_the_bound_and_a_silent_worker_blocks():
     dead = Cluster(constant(1.0), failures=(Failure(3, 10.5),))
     cut_short = schedule(dead, method, steps=200, quorum=2, max_staleness=7)
     assert cut_short.blocked == 3
-    assert len(cut_short.seconds) in (20, 30)
+    assert len(cut_short.seconds) == 20
     assert cut_short.age.max() <= 7
     assert schedule(dead, method, steps=200, quorum=2, max_staleness=7, on_lost="evict").blocked == -1
 
@@ -124,8 +124,9 @@ def test_a_worker_that_is_restored_is_merely_late(method, data):
     ]
     for a, b in zip(*map(jax.tree.leaves, synchronous), strict=True):
         np.testing.assert_array_equal(a, b)
-    with pytest.raises(ValueError, match=r"cluster\.failures: got Failure\(worker=9"):
-        schedule(Cluster(constant(1.0), failures=(Failure(9, 1.0),)), method, steps=10, quorum=2, max_staleness=8)
+    for failures in ((Failure(9, 1.0),), (Failure(1, 3.0, 4.0), Failure(1, 2.5, 20.0)), (Failure(0, 2.0, 1.0),)):
+        with pytest.raises(ValueError, match=r"cluster\.failures: got Failure\(worker="):
+            schedule(Cluster(constant(1.0), failures=failures), method, steps=10, quorum=2, max_staleness=8)
 
 
 def test_loss_in_a_cut_phase(method):
@@ -159,7 +160,7 @@ def test_eviction_freezes_the_worker_and_the_others_go_on(method, data):
     everyone = schedule(Cluster(log_normal(1.0), failures=tuple(Failure(i, 1.0) for i in range(N))), method, steps=10, quorum=1,
                         max_staleness=6, on_lost="evict")  # fmt: skip
     assert len(everyone.seconds) == 0
-    assert everyone.blocked >= 0
+    assert everyone.blocked == N
 
 
 def test_numbers_sent_are_those_counted_by_hand(data):
@@ -208,6 +209,10 @@ def test_a_nonfinite_worker_shows_as_a_code(method, data):
     _, history = go(method, samplers.full(), plan, bad, jax.random.key(0))
     assert history["result"][0] == Result.SUCCESSFUL
     assert history["result"][-1] == Result.NONFINITE
+    bad = data._replace(inner=data.inner.at[0].set(jnp.nan))  # of which no variable hears: the gap does
+    master, history = go(method, samplers.full(), plan, bad, jax.random.key(0))
+    assert history["result"].tolist() == [0, Result.NONFINITE, Result.NONFINITE]
+    assert jnp.isfinite(master.estimate_multiplier).all()
 
 
 def test_bad_input_is_refused(method, data):

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from bilevel_jax import checks
@@ -130,9 +131,9 @@ def adbo(
     max_cuts: int = 32,
     cut_period: int = 50,
     last_cut: int | None = None,
-    cut_tolerance: float = 1e-4,
+    cut_tolerance: Any = 1e-4,
     estimate_rounds: int = 1,
-    penalty: float = 1.0,
+    penalty: Any = 1.0,
     warm_start: bool = False,
     newest: bool = False,
     cut_damping: Schedule | None = None,
@@ -216,13 +217,8 @@ def adbo(
         >>> bool(jnp.linalg.norm(inner) < 0.3), bool(jnp.linalg.norm(outer) < 0.3)
         (True, True)
     """
-    for name, value in {
-        "n_workers": n_workers,
-        "max_cuts": max_cuts,
-        "cut_period": cut_period,
-        "estimate_rounds": estimate_rounds,
-    }.items():
-        checks.positive_int(name, value)
+    N, C = checks.positive_int("n_workers", n_workers), checks.positive_int("max_cuts", max_cuts)
+    cut_period, K = checks.positive_int("cut_period", cut_period), checks.positive_int("estimate_rounds", estimate_rounds)
     last_cut = 2**31 - 1 if last_cut is None else checks.positive_int("last_cut", last_cut, 0)
     checks.positive("penalty", penalty)
     if not isinstance(rates, Rates):
@@ -236,13 +232,14 @@ def adbo(
         checks.positive(f"rates.{name}", rate, schedule=True)
     cut_damping = damping(rates.cut) if cut_damping is None else cut_damping
     consensus_damping = damping(rates.consensus) if consensus_damping is None else consensus_damping
-    if not cut_tolerance >= 0:
+    for name, value in (("cut_damping", cut_damping), ("consensus_damping", consensus_damping)):
+        checks.positive(name, value, schedule=True)
+    if not isinstance(cut_tolerance, Tracer) and not cut_tolerance >= 0:
         raise ValueError(f"cut_tolerance: got {cut_tolerance}, expected at least 0")
     (inner0, to_inner), (outer0, to_outer) = _flat("start.inner", start.inner), _flat("start.outer", start.outer)
     if inner0.dtype != outer0.dtype:
         raise TypeError(f"start: got {inner0.dtype} inner and {outer0.dtype} outer variables, expected one dtype")
     n, m, dtype = outer0.size, inner0.size, inner0.dtype
-    N, C, K = n_workers, max_cuts, estimate_rounds
     g, f = losses(problem)
 
     def at(schedule: Any, step: Array) -> Array:
@@ -370,7 +367,7 @@ def adbo(
         return master._replace(
             cuts=cuts,
             received=jnp.tile(cuts.multiplier, (N, 1)),
-            estimate_multiplier=multiplier,
+            estimate_multiplier=jnp.where(jnp.isfinite(gap), multiplier, master.estimate_multiplier),
             inner_gap=gap,
             made=master.made + placed.astype(jnp.int32),
             refused=master.refused + (wanted & ~placed).astype(jnp.int32),

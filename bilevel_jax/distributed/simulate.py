@@ -88,7 +88,7 @@ class Schedule(NamedTuple):
     drained: Any  # bool [P, N], workers whose answers came in before the cut of the period
     present: Any  # bool [P, N], not evicted when the cut is done
     period_seconds: Any  # float64 [P], the clock when the period and its cut are done
-    blocked: int  # the worker that the master waits for in vain, by which the run is shorter; -1 if there is none
+    blocked: int  # the worker that the master waits for in vain, by which the run is shorter; -1 if none is, N if none is left
 
 
 def schedule(
@@ -209,7 +209,7 @@ def simulate(
     Returns:
         The master, and a history of a row a period: ``step``, ``seconds``, ``inner_gap`` (as at the cut), ``cuts`` (live),
         ``made`` and ``refused`` (in all), ``inner_apart`` and ``outer_apart`` (`bilevel_jax.distributed.adbo.disagreement`),
-        ``result`` (of `bilevel_jax.results.Result`; NONFINITE once a variable is) and the metrics.
+        ``result`` (of `bilevel_jax.results.Result`; NONFINITE once a variable or the gap is) and the metrics.
 
     Raises:
         TypeError, ValueError: for data that are not those of N workers.
@@ -256,7 +256,8 @@ def simulate(
 
     def row(master: Master, seconds: Array) -> dict[str, Array]:
         apart, found = adbo.disagreement(master), method.vars(master)
-        code = jnp.where(all_finite((found, apart)), Result.SUCCESSFUL, Result.NONFINITE).astype(jnp.int32)
+        fine = all_finite((found, apart)) & ~jnp.isnan(master.inner_gap)  # infinite before the first cut
+        code = jnp.where(fine, jnp.int32(Result.SUCCESSFUL), jnp.int32(Result.NONFINITE))
         known = {"step": master.step, "seconds": seconds, "inner_gap": master.inner_gap, "cuts": master.cuts.live.sum()}
         known |= {"made": master.made, "refused": master.refused, "inner_apart": apart.inner, "outer_apart": apart.outer}
         return known | {"result": code} | (metrics(found, data) if metrics else {})
@@ -327,10 +328,14 @@ class _Clock:
         self.task, self.stamp = np.zeros(n_workers, int), np.zeros(n_workers, int)
         self.done = np.zeros((2, n_workers), int)  # answers of each kind so far
         self.queue: list[tuple] = []
-        for failure in cluster.failures:
+        until = np.zeros(n_workers)
+        for failure in sorted(cluster.failures, key=lambda failure: failure.at):
             worker, at, back = failure
-            if not 0 <= worker < n_workers or not 0 <= at < back:
-                raise ValueError(f"cluster.failures: got {failure}, expected a worker below {n_workers} and 0 <= at < back")
+            if not 0 <= worker < n_workers or not 0 <= at < back or at < until[worker]:
+                raise ValueError(
+                    f"cluster.failures: got {failure}, expected a worker below {n_workers}, 0 <= at < back, and one at a time"
+                )
+            until[worker] = back
             heapq.heappush(self.queue, (at, worker, _LOST, 0))
             if np.isfinite(back):
                 heapq.heappush(self.queue, (back, worker, _BACK, 0))
@@ -350,7 +355,7 @@ class _Clock:
         """Let the next event happen; false if there is none, and the master waits in vain."""
         if not self.queue or not self.alive.any():
             late = np.where(self.alive & self.waited_for, self.age, -1)
-            self.blocked = int(late.argmax())
+            self.blocked = int(late.argmax()) if self.alive.any() else len(late)
             return False
         now, i, kind, stamp = heapq.heappop(self.queue)
         if kind == _ANSWER and stamp != self.stamp[i]:
