@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from bilevel_jax import checks
@@ -254,7 +255,8 @@ def from_stream(batches: Iterable[Batch], draws: int) -> Iterator[Batch]:
 
     Args:
         batches: single draws, as ``Batch(inner=..., outer=..., ...)`` of arrays (NumPy or JAX), all of one structure.
-            ``full`` is taken from the first of each group.
+            ``full`` is taken from the first of each group.  Make them NumPy arrays, which are stacked on the host and moved to
+            the device in one go: JAX arrays are stacked one leaf after the other, and the check of their slots waits for each.
         draws: of the solver.
 
     Yields:
@@ -282,8 +284,13 @@ def _groups(batches: Iterable[Batch], draws: int) -> Iterator[Batch]:
         group.append(batch)
         if len(group) == draws:
             bare = [b._replace(full=None) for b in group]
-            yield jax.tree.map(lambda *leaves: jnp.stack(leaves), *bare)._replace(full=group[0].full)
+            yield jax.device_put(jax.tree.map(_stacked, *bare))._replace(full=group[0].full)
             group = []
+
+
+def _stacked(*leaves: Any) -> Any:
+    on_host = all(isinstance(leaf, np.ndarray | np.generic) for leaf in leaves)
+    return np.stack(leaves) if on_host else jnp.stack(leaves)
 
 
 def _rows(data: Levels) -> Levels:

@@ -3,6 +3,7 @@
 ``python -m experiments.streaming`` prints a table, and writes it, with config.json, to ``--out``.
 
 =================================  ======================================================================================
+``source``                         of the stream: ``files``, or a ``loader``, which yields one draw at a time, as your own would
 ``updates_a_call``                 updates in a call from the host (`bilevel_jax.loop.several`)
 ``memory_us``, ``stream_us``       wall time of an update, median over the repeats
 ``ratio``, ``spread``              updates a second of the stream over those in memory, median of the ratios within a repeat,
@@ -12,10 +13,12 @@
 ``read_mb_s``                      megabytes a second that the stream reads
 =================================  ======================================================================================
 
-Both sides do the same updates of the same solver on the same draws: in memory as one scan a call (`bilevel_jax.resume`), the
-stream with `bilevel_jax.readers.from_arrays`.  They alternate; each first makes some calls that are not timed.  Data are
-synthetic, of the shapes of the papers' data sets; a ``.npy`` file for each array, small enough for the system to keep what has
-been read of it in memory.  Of files that are larger than that a stream can be no faster than the disk: compare ``read_mb_s``.
+Both sides do the same updates of the same solver: in memory as one scan a call (`bilevel_jax.resume`), the stream with
+`bilevel_jax.readers.from_arrays`, on the same draws, or on NumPy arrays of a loader that `bilevel_jax.samplers.from_stream`
+stacks, on draws of its own, in the thread that makes the calls.  They alternate; each first makes some calls that are not
+timed.  Data are synthetic, of the shapes of the papers' data sets; a ``.npy`` file for each array, small enough for the system
+to keep what has been read of it in memory.  Of files that are larger than that a stream can be no faster than the disk: compare
+``read_mb_s``.
 """
 
 import itertools
@@ -35,8 +38,9 @@ import pandas as pd
 import tyro
 from tqdm import tqdm
 
-from bilevel_jax import Levels, Solver, Vars, begin, readers, resume, samplers, solvers, stream
+from bilevel_jax import Batch, Levels, Solver, Vars, begin, readers, resume, samplers, solvers, stream
 from bilevel_jax.loop import several
+from bilevel_jax.types import Slot
 from experiments.lower_bounds import record
 from experiments.speed.shapes import BATCH, FULL, QUICK, SHAPES, Shape
 
@@ -44,6 +48,8 @@ from experiments.speed.shapes import BATCH, FULL, QUICK, SHAPES, Shape
 WARM = 4
 #: Updates in a call.  One alone shows what the host costs; the other takes ten milliseconds or more.
 UPDATES = {"ijcnn1": (1, 1000), "cleaning": (1, 50)}
+#: Of the stream.
+SOURCES = ("files", "loader")
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Config:
 
 def to_files(data: Levels, folder: Path) -> list[Path]:
     """Write every array of the data into a file of its own."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)  # a run that was killed leaves it
     paths = [folder / f"{i}.npy" for i in range(len(jax.tree.leaves(data)))]
     for path, leaf in zip(paths, jax.tree.leaves(data), strict=True):
         np.save(path, leaf)
@@ -94,10 +100,27 @@ def in_memory(shape: Shape, solver: Solver, updates: int) -> Iterator[Any]:
         yield carry.state
 
 
-def streamed(shape: Shape, solver: Solver, updates: int, data: Levels) -> Iterator[Any]:
+def loader(data: Levels) -> Iterator[Batch]:
+    """Endless single draws of a user's own, in NumPy: whole blocks, at random."""
+    rng = np.random.default_rng(0)
+    counts = [len(jax.tree.leaves(part)[0]) // BATCH for part in data]
+    while True:
+        slots = [Slot(np.int32(rng.integers(count)), count) for count in counts]  # type: ignore[arg-type]
+        starts = [BATCH * int(slot.index) for slot in slots]
+        parts = [
+            jax.tree.map(lambda leaf, at=at: np.asarray(leaf[at : at + BATCH]), part)
+            for part, at in zip(data, starts, strict=True)
+        ]
+        yield Batch(*parts, slot=Levels(*slots))
+
+
+def streamed(shape: Shape, solver: Solver, updates: int, data: Levels, source: str = "files") -> Iterator[Any]:
     """The same of data in files."""
     many = several(solver, updates)
-    batches = readers.from_arrays(samplers.uniform(BATCH), data, jax.random.key(0), draws=many.draws)
+    if source == "files":
+        batches = readers.from_arrays(samplers.uniform(BATCH), data, jax.random.key(0), draws=many.draws)
+    else:
+        batches = samplers.from_stream(loader(data), many.draws)
     for state, _ in stream(many, shape.start, batches):
         yield state
 
@@ -116,14 +139,15 @@ def last(calls: Iterator[Any], count: int) -> Any:
     return end
 
 
-def measure(config: Config, name: str, updates: int, bar: tqdm) -> dict[str, Any]:
+def measure(config: Config, name: str, updates: int, source: str, bar: tqdm) -> dict[str, Any]:
     """A row of the table."""
     shape = SHAPES[name]((QUICK if config.quick else FULL)[name])
     solver = getattr(solvers, config.solver)(shape.problem, Vars(*map(optax.sgd, shape.rates)))
     folder = config.out / "data"
     paths = to_files(shape.data, folder)
     try:
-        memory, files = in_memory(shape, solver, updates), streamed(shape, solver, updates, mapped(shape.data, paths))
+        memory = in_memory(shape, solver, updates)
+        files = streamed(shape, solver, updates, mapped(shape.data, paths), source)
         timed(files, 1)  # compiles
         timed(memory, 1)
         count = max(1, round(config.seconds / timed(memory, 1)[0]))
@@ -143,6 +167,7 @@ def measure(config: Config, name: str, updates: int, bar: tqdm) -> dict[str, Any
     return {
         "shape": name,
         "solver": config.solver,
+        "source": source,
         "updates_a_call": updates,
         "memory_us": 1e6 * memory_s / (count * updates),
         "stream_us": 1e6 * stream_s / (count * updates),
@@ -156,9 +181,9 @@ def measure(config: Config, name: str, updates: int, bar: tqdm) -> dict[str, Any
 def main(config: Config) -> pd.DataFrame:
     """Measure, print and write."""
     record(config, config.out)
-    cases = [(name, updates) for name in config.shapes for updates in UPDATES[name]]
+    cases = [(name, updates, source) for name in config.shapes for updates in UPDATES[name] for source in SOURCES]
     with tqdm(total=len(cases) * config.repeats, unit="repeat", file=sys.stderr) as bar:
-        table = pd.DataFrame([measure(config, name, updates, bar) for name, updates in cases])
+        table = pd.DataFrame([measure(config, *case, bar) for case in cases])
     table.to_csv(config.out / "streaming.csv", index=False)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     return table
