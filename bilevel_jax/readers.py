@@ -57,8 +57,7 @@ def from_arrays(sampler: Sampler, data: Levels, key: Array, *, draws: int, start
     )
     length = max(1, STRETCH // draws)
     # Beside an accelerator the random numbers are made on the host: there they would wait for the updates.
-    host = jax.devices("cpu")[0]
-    key = jax.device_put(key, host)
+    key = jax.device_put(key, _host())
 
     def stretch(first: Array) -> Batch:
         """The draws of ``length`` batches: in the place of rows their numbers, for the key its data."""
@@ -74,7 +73,7 @@ def from_arrays(sampler: Sampler, data: Levels, key: Array, *, draws: int, start
 
 def _read(stretch: Any, arrays: Levels, firsts: range, length: int, ahead: int) -> Iterator[Batch]:
     wide = jax.enable_x64.value  # of the caller's thread
-    host = jax.devices("cpu")[0]
+    host = _host()
 
     def plans() -> Iterator[Batch]:
         for first in firsts:
@@ -102,6 +101,14 @@ def _read(stretch: Any, arrays: Levels, firsts: range, length: int, ahead: int) 
     finally:
         for future in coming:  # the thread ends with its pool, when nobody holds this any more
             future.cancel()
+
+
+def _host() -> jax.Device | None:
+    """The CPU, or None, which is the default device, where JAX was told to use no CPU (``JAX_PLATFORMS=cuda``)."""
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def _rows(leaf: np.ndarray, rows: np.ndarray) -> np.ndarray:

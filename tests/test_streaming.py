@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bilevel_jax import Levels, begin, readers, run, samplers, stream
+from bilevel_jax import Batch, Levels, begin, readers, run, samplers, stream
 from bilevel_jax.loop import several
+from bilevel_jax.types import Slot
 from experiments import streaming
 from tests.checks import check_no_copies, check_same
 from tests.tables import build, tiny, tiny_sampler, tiny_start
@@ -162,6 +163,17 @@ def test_the_thread_keeps_the_precision_of_the_caller():
     assert batch.outer["a"].dtype == np.float32
 
 
+def test_without_a_cpu_the_default_device_plans(monkeypatch):
+    """As under ``JAX_PLATFORMS=cuda``."""
+
+    def devices(backend=None):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    expected = next(readers.from_arrays(samplers.uniform(8), table(), jax.random.key(0), draws=2))
+    monkeypatch.setattr(jax, "devices", devices)
+    check_same(next(readers.from_arrays(samplers.uniform(8), table(), jax.random.key(0), draws=2)), expected)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_memory_does_not_grow_with_the_file(tmp_path):
     """A file of 1 GB, with holes in it, of which a hundred batches are read."""
@@ -179,6 +191,21 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     for batch in islice(found, 100):
         assert batch.inner.shape == (8, 64, width)
     assert megabytes() - before < 100
+
+
+def test_a_loader_of_numpy_arrays_is_stacked_on_the_host(monkeypatch):
+    """To the dtypes of JAX, bit for bit what its arrays would give, without a call of it a leaf."""
+    data = Levels(np.arange(8.0), {"row": np.arange(8, dtype=np.int64)})
+    draw = lambda i: Batch(data.inner + i, {"row": data.outer["row"] * i}, slot=Levels(Slot(np.int32(i), 6), None))
+    for wide in (True, False):
+        with jax.enable_x64(wide):
+            ours = jax.tree.map(jnp.asarray, [draw(i) for i in range(6)])
+            expected = list(samplers.from_stream(ours, 3))
+            with monkeypatch.context() as patch:
+                patch.delattr(jnp, "stack")
+                found = list(samplers.from_stream(map(draw, range(6)), 3))
+            assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found))
+            check_same(found, expected)
 
 
 # ---- several updates as one ---------------------------------------------------------------------------------------------
@@ -258,6 +285,7 @@ def test_experiment(tmp_path):
     """Small: that it runs, and writes what it prints; and that the two sides do the same."""
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         config = streaming.Config(shapes=("ijcnn1",), repeats=1, seconds=0.01, quick=True, out=tmp_path / "out")
+        (tmp_path / "out" / "data").mkdir(parents=True)  # as a run that was killed leaves it
         found = streaming.main(config)
         shape = streaming.SHAPES["ijcnn1"](streaming.QUICK["ijcnn1"])
         paths = streaming.to_files(shape.data, tmp_path / "files")
@@ -268,7 +296,8 @@ def test_experiment(tmp_path):
         check_same(one.vars, other.vars, tol=1e-5)
     table = pd.read_csv(tmp_path / "out" / "streaming.csv")
     pd.testing.assert_frame_equal(table, found)
-    assert table["updates_a_call"].tolist() == [1, 1000]
+    assert table["updates_a_call"].tolist() == [1, 1, 1000, 1000]
+    assert table["source"].tolist() == ["files", "loader"] * 2
     assert (table.select_dtypes("number").drop(columns="spread") > 0).all(axis=None)
     np.testing.assert_allclose(table["ratio"], table["memory_us"] / table["stream_us"])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["settings"]["repeats"] == 1
