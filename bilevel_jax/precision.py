@@ -20,7 +20,7 @@ def in_bfloat16(problem: Problem) -> Problem:
     Variables, directions, tables, moving averages and the scalars of linear solvers stay float32: the derivatives of a cast
     are cast back.  The mean over the samples is taken in float32.  So, beyond `CHUNK` rows, is the sum of their derivatives,
     which the loss's own backward pass would take in bfloat16: there the sum of n equal terms stops growing (with 100,000
-    rows a gradient was wrong by 80 % on a CPU).  The chunks are taken one after the other.
+    rows a gradient was wrong by 80 % on a CPU).  The chunks are taken side by side.
 
     bfloat16 has 8 bits: it rounds by up to ``2^-8 = 0.004``.  Relative errors in the norm, measured on a CPU, at a random point
     of the shipped quadratic and of a logistic regression with one weight a feature, 1,000 rows each; those of the
@@ -46,6 +46,10 @@ def in_bfloat16(problem: Problem) -> Problem:
 
     Returns:
         A problem for float32 variables.  Its losses return one float32 value a sample.
+
+    Cost: that of the losses, and memory of a float32 derivative like z and x for each `CHUNK` rows.  It is meant for devices
+    that multiply bfloat16 faster than float32.  On a CPU it is slower and larger: the gradient of a softmax regression on
+    8,192 rows of 512 features and 256 classes took 328 ms in place of 136, and 50 MB of temporaries in place of 17.
 
     Raises:
         TypeError, ValueError: for anything but a ``Problem``; (when traced) for variables that are not float32, for scalar
