@@ -34,7 +34,7 @@ from bilevel_jax import Result, Vars, begin, checks, resume
 from bilevel_jax.types import Array, Levels
 from experiments import data_cleaning, hyperparameter_selection
 from experiments.harness import Options, Task, build
-from experiments.methods import METHODS, Name, Rates
+from experiments.methods import LOOPED, METHODS, Name, Rates
 from experiments.seeds import cores, side_by_side
 from experiments.speed.timing import peak_bytes, size_bytes
 from experiments.store import Store
@@ -76,7 +76,8 @@ class Config:
     outer_ratios: tuple[float, ...] = (0.01, 0.0316, 0.1, 0.316, 1.0, 3.16, 10.0)
     """step size of z over that of x"""
     decays: tuple[float, ...] = ()
-    """exponents e of step sizes that fall like (t + 1)^-e, 0 for constant ones (default: those of the solver's paper)"""
+    """exponents e of step sizes that fall like (t + 1)^-e after t updates, 0 for constant ones, which are all that solvers with
+    several steps on z an update take (default: those of the solver's paper)"""
     metric: str | None = None
     """which one to choose by (default: suboptimality, or validation_loss: what the outer problem is about)"""
     memory_gb: float = 2.0
@@ -102,6 +103,12 @@ class Config:
                 raise SystemExit(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected positive numbers")
         if not all(0 <= value < math.inf for value in self.decays):
             raise SystemExit(f"--decays: got {self.decays}, expected numbers of at least 0")
+        looped = sorted(LOOPED.intersection(self.solvers))
+        if any(self.decays) and looped:
+            raise SystemExit(
+                f"--decays: got {self.decays} for {looped}, expected 0, or solvers that step z once an update: in loops the "
+                "schedule of z would not count updates"
+            )
         if not self.memory_gb > 0:
             raise SystemExit(f"--memory-gb: got {self.memory_gb}, expected a positive number")
         if self.metric not in (None, *METRICS):

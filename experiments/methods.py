@@ -176,6 +176,14 @@ METHODS: dict[str, Method] = {
 }
 
 
+#: Those that step z several times an update.  A schedule would count these steps for z, and updates for x; in deterministic
+#: loops it starts anew in every update.
+LOOPED = frozenset(
+    {"aid_cg", "aid_fp", "hoag", "itd_bio", "itd_truncated", "bsa", "stocbio", "amigo"}
+    | {"vrbo", "pzobo", "bome", "pbgd", "f2sa", "f2ba", "f2sa_p"}
+)
+
+
 def chosen(path: Path, task: dict[str, Any], names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """The step sizes of each solver that `experiments.grid` chose, from its settings.json: entries of `Rates`.
 
@@ -185,7 +193,7 @@ def chosen(path: Path, task: dict[str, Any], names: tuple[str, ...]) -> dict[str
     """
     try:
         known = json.loads(path.read_text())
-        made, settings = known["task"], {name: _checked(one) for name, one in known["settings"].items()}
+        made, settings = {**known["task"]}, {name: _checked(one) for name, one in known["settings"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         wrong = f"{type(error).__name__}: {error}"
         raise SystemExit(f"--settings: got {path} ({wrong}), expected a settings.json of experiments.grid") from None
@@ -209,7 +217,7 @@ def _checked(one: dict[str, Any]) -> dict[str, Any]:
     """The entries that are `Rates`."""
     found = {key: one[key] for key in ("step_size", "outer_ratio", "decay")}
     for key, value in found.items():
-        positive = isinstance(value, int | float) and 0 < value < math.inf
-        if not positive and not (key == "decay" and (value is None or value == 0)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and 0 < value < math.inf) and not (key == "decay" and (value is None or (number and value == 0))):
             raise ValueError(f"{key}: got {value!r}, expected a positive number")
     return found

@@ -12,7 +12,7 @@ import pytest
 
 from bilevel_jax import Levels, Vars, begin, resume, run, samplers, solvers, testing
 from experiments import data_cleaning, grid, harness, hyperparameter_selection, seeds
-from experiments.methods import Rates
+from experiments.methods import LOOPED, METHODS, Rates
 from experiments.speed.timing import peak_bytes
 
 
@@ -193,7 +193,11 @@ def test_settings_are_read_checked_and_recorded(searched, tmp_path):
     refused(r"holds nothing for \['soba'\], expected one of --solvers \['saba'\]", solvers=("saba", "soba"))
     refused("got --step-size or --outer-ratio beside it", step_size=0.1)
     refused("FileNotFoundError", settings=tmp_path / "none.json")
-    for name, text in (("words", "not json"), ("list", "[]"), ("negative", path.read_text().replace("0.05", "-0.05"))):
+    changed = {"negative": ("0.05", "-0.05"), "bool": ('"step_size": 0.05', '"step_size": true')}
+    texts = {name: path.read_text().replace(*change) for name, change in changed.items()}
+    tasks = {"no task": json.dumps(json.loads(path.read_text()) | {"task": []})}
+    for name, text in {"words": "not json", "list": "[]", **texts, **tasks}.items():
+        assert text != path.read_text()
         (tmp_path / name).write_text(text)
         refused("expected a settings.json of experiments.grid", settings=tmp_path / name)
 
@@ -229,6 +233,7 @@ def test_no_setting_without_divergence(tmp_path, capsys):
         ({"step_sizes": ()}, "--step-sizes: got none, expected at least one"),
         ({"outer_ratios": (0.0,)}, r"--outer-ratios: got \(0.0,\), expected positive numbers"),
         ({"decays": (-0.5,)}, r"--decays: got \(-0.5,\), expected numbers of at least 0"),
+        ({"decays": (0.0, 0.5), "solvers": ("saba", "amigo")}, r"--decays: got \(0.0, 0.5\) for \['amigo'\], expected 0, or"),
         ({"memory_gb": 0.0}, "--memory-gb: got 0.0, expected a positive number"),
         ({"metric": "recall"}, "--metric: got 'recall', expected one of"),
     ],
@@ -237,6 +242,13 @@ def test_bad_options(tmp_path, changes, message):
     with pytest.raises(SystemExit, match=message):
         grid.main(config(tmp_path / "none", **changes))
     assert not (tmp_path / "none").exists()
+
+
+def test_looped_solvers_are_those_with_inner_steps(task):
+    """By what they cost."""
+    for name, method in METHODS.items():
+        few, many = (method.build(task.problem, Rates(0.1, 1.0, inner_steps=n, terms=3), Levels(4, 4)).cost for n in (10, 20))
+        assert (few != many) == (name in LOOPED), name
 
 
 def test_a_metric_of_another_task(tmp_path):
