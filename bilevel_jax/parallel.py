@@ -22,6 +22,7 @@ gathers the whole table at every update to read one row.  So is ``z`` in all met
 devices would mix tasks.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -126,7 +127,8 @@ def place(tree: PyTree, mesh: Mesh, spec: P | None = None) -> PyTree:
         tree: of arrays (NumPy or JAX).  With several processes each passes the whole arrays, the same in all of them, and
             keeps what its devices hold; one that can read its own rows only calls `jax.make_array_from_process_local_data`.
         mesh: of `data_mesh`, or your own.
-        spec: ``PartitionSpec()`` by default: the same everywhere; ``PartitionSpec("data")`` shares out the leading axis.
+        spec: ``PartitionSpec()`` by default: the same everywhere; ``PartitionSpec("data")`` shares out the leading axis, and
+            ``PartitionSpec(("hosts", "data"))`` does over two axes of a mesh.
 
     Raises:
         ValueError: for axes that the devices do not divide: see `deal`.
@@ -136,16 +138,24 @@ def place(tree: PyTree, mesh: Mesh, spec: P | None = None) -> PyTree:
 
     def put(path: tuple, leaf: Any) -> Array:
         shape = np.shape(leaf)
-        if len(shape) < len(spec) or any(name and size % mesh.shape[name] for size, name in zip(shape, spec, strict=False)):
+        parts = [math.prod(mesh.shape[axis] for axis in _axes(entry)) for entry in spec]
+        if len(shape) < len(spec) or any(size % part for size, part in zip(shape, parts, strict=False)):
             raise ValueError(
                 f"{checks.path_name('tree', path)}: got the shape {shape}, expected one that the devices {dict(mesh.shape)} "
                 f"divide as {spec} says: bilevel_jax.parallel.deal adds rows of weight 0"
             )
         if jax.process_count() == 1:
             return jax.device_put(leaf, sharding)
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(path, jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf), shape)
 
     return jax.tree_util.tree_map_with_path(put, tree)
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The axes of an entry of a spec: None, a name, or a tuple of names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def spread(sampler: Sampler, mesh: Mesh, axis: str = "data") -> Sampler:
