@@ -3,6 +3,7 @@
 import heapq
 import re
 import time
+from contextlib import nullcontext
 from functools import cache
 
 import jax
@@ -267,8 +268,8 @@ def test_a_worker_that_keeps_failing_ends_the_run_with_all_that_is_known(tmp_pat
         train(make(), Faulty(spoil), **ALL, checkpoint=tmp_path / "run")
     error = caught.value
     assert error.result == Result.NONFINITE
-    assert int(error.master.step) == 3
     assert error.master is not None
+    assert int(error.master.step) == 3
     assert all(np.isfinite(leaf).all() for leaf in error.master[1:6])
     assert error.history["step"].tolist() == [0]
     saved, _ = train(make(), Faulty(), **ALL, checkpoint=tmp_path / "run")  # and goes on, once the reason is gone
@@ -351,6 +352,34 @@ def test_a_master_that_was_interrupted_goes_on(interrupted, undisturbed, tmp_pat
     further, history = train(make(), idle, **ALL | {"steps": 15}, checkpoint=tmp_path)
     assert history["step"].tolist() == [0, 5, 10, 15]
     assert int(further.step) == 15
+
+
+def test_a_master_that_is_interrupted_at_any_message_goes_on(tmp_path):
+    """Between an iteration, its cut, the messages that close it and the replies, nothing is done twice and nobody forgotten."""
+    method = make(cut_period=2, estimate_rounds=1)
+    known = ALL | {"steps": 4, "patience": 1.0}
+    expected, whole = jax.device_get(train(method, Faulty(method=method), **known))
+
+    class Stops(Faulty):
+        def __init__(self, left):
+            super().__init__(method=method)
+            self.left = left
+
+        def send(self, worker, message):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            super().send(worker, message)
+
+    messages = 3 + 4 * 3 + 2 * 3 * 3  # all that they hold; replies; cuts of a round, a round back and a close
+    for k in range(messages + 1):
+        rows, folder = [], tmp_path / str(k)
+        with pytest.raises(KeyboardInterrupt) if k < messages else nullcontext():
+            train(method, Stops(k), **known, checkpoint=folder, on_row=rows.append)
+        master, history = train(method, Faulty(method=method), **known, checkpoint=folder, on_row=rows.append)
+        check_same(jax.device_get(master), expected, tol=0)
+        assert history["step"].tolist() == [0, 2, 4] == [row["step"] for row in rows]
+        assert history["made"].tolist() == whole["made"].tolist()
 
 
 def test_checkpoints_of_another_problem_are_refused(tmp_path):

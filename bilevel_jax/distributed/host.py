@@ -113,13 +113,13 @@ class Run:
         self.phase: tuple[int, np.ndarray, list[np.ndarray]] | None = None  # of a cut: step, outer, path of [N, m]
         self.counts: dict[str, int] = dict.fromkeys(("up", "down", "restored", "lost"), 0)
         self.rows: list[dict[str, Any]] = []
-        self.clock, self.begun, self.started = 0.0, 0.0, False
+        self.clock, self.begun, self.started = 0.0, time.monotonic(), False
 
         self.iterate, self.record, self.row, self.closed, self.of_worker = _compiled(method, metrics)
 
     def begin(self, master: Master) -> None:
         self.master, self.step, self.alive = master, int(master.step), np.array(master.alive)
-        self._mark()
+        self.marks = self._marked()
 
     def take_up(self, store: Store | None) -> bool:
         """Go on from the last checkpoint, if there is one."""
@@ -127,20 +127,22 @@ class Run:
         if not found:
             return False
         master, known = found
-        self.age = np.array(known["age"], np.int32)
-        self.arrived, self.held, self.due = np.array(known["arrived"]), np.array(known["held"]), known["due"]
+        self.age, self.arrived, self.due = np.array(known["age"], np.int32), np.array(known["arrived"]), known["due"]
+        self.held = np.array(known["held"]) & self.due  # without a cut to come, what they are brought up with is the reply
         self.rows, self.counts, self.clock = known["rows"], known["counts"], known["seconds"]
         self.begin(master)
         return True
 
-    def _mark(self) -> None:
-        """What a checkpoint says of the workers: as at the end of the last iteration.  Answers since then come again."""
-        self.mark = {name: getattr(self, name).tolist() for name in ("age", "arrived", "held")} | {"due": self.due}
+    def _marked(self) -> dict[int, dict[str, Any]]:
+        """What a checkpoint says of the workers, by the step of its master.  Answers since then come again."""
+        return {self.step: {name: getattr(self, name).tolist() for name in ("age", "arrived", "held")} | {"due": self.due}}
 
     def save(self, store: Store | None) -> None:
         if store is not None:
-            known = self.mark | {"settings": self._settings(), "rows": self.rows, "counts": self.counts}
-            number = 2 * self.step + (not self.due)  # an iteration before its cut, and after it
+            step = int(self.master.step)  # in an interrupted iteration only the master knows whether it is done
+            mark, counted = self.marks[step], self.rows[-1:] != [] and self.rows[-1]["step"] == step
+            known = mark | {"settings": self._settings(), "rows": self.rows, "counts": self.counts}
+            number = 3 * step + (not mark["due"]) + counted  # an iteration before its cut, after it, and with its row
             store.save(number, self.master, known | {"seconds": self._seconds()})
 
     def _settings(self) -> dict[str, Any]:
@@ -154,13 +156,14 @@ class Run:
         return {name: np.array([row[name] for row in self.rows]) for name in (self.rows[0] if self.rows else ())}
 
     def go(self, steps: int, every: int, store: Store | None) -> None:
-        if self.step >= steps and not self.due:
-            return
-        self._start()
-        if not self.rows:
-            self._add_row()
+        if self.step < steps or self.due:
+            self._start()
         if self.due:
             self._end_period()
+        elif not self.rows or (self.step % self.method.cut_period == 0 and self.rows[-1]["step"] < self.step):
+            self._add_row()
+        if self.step >= steps:
+            self.save(store)  # nothing new, but for what an interruption left to be done
         while self.step < steps:
             self._until(self._may_go_on)
             self._iterate()
@@ -196,25 +199,23 @@ class Run:
         return bool(enough and self.age[self.alive].max() < self.max_staleness)
 
     def _iterate(self) -> None:
-        active = self.arrived & self.alive
-        self.master, replies, good = self.iterate(self.master, self.outer, self.inner, self.fresh & self.alive, active)
+        active, fresh = self.arrived & self.alive, self.fresh & self.alive
+        self.arrived, self.fresh, self.held = np.zeros_like(active), np.zeros_like(active), active
+        self.age, self.step = self.age + 1, self.step + 1
+        self.due = self.step % self.method.cut_period == 0 and self.step < self.method.last_cut
+        self.marks |= self._marked()  # first, so that there is one for the master at any moment
+        self.master, replies, good = self.iterate(self.master, self.outer, self.inner, fresh, active)
         if not good:
             raise ClusterError(
                 "the master's variables became NaN or infinite, and were left as they were: expected smaller rates",
                 Result.NONFINITE,
             )
         self.replies = tuple(map(np.asarray, replies))
-        self.step += 1
-        self.held = active
-        self.arrived, self.fresh = np.zeros_like(active), np.zeros_like(active)
-        self.age += 1
-        self.due = self.step % self.method.cut_period == 0 and self.step < self.method.last_cut
-        self._mark()
+        self.marks = self._marked()
 
     def _end_period(self) -> None:
         if self.due:
             self._cut()
-            self.due = False
         self._reply()
         self._add_row()
 
@@ -229,7 +230,6 @@ class Run:
         for i in self._who(self.held & self.alive):
             self._ask(i, Reply(self.step, multiplier[i], received[i]), Worked)
         self.held = np.zeros_like(self.held)
-        self._mark()
 
     def _cut(self) -> None:
         self._until(lambda: not self._awaited().any())  # answers under way
@@ -244,7 +244,10 @@ class Run:
         good, slot, inner = self.closed(new)
         if not good:
             raise ClusterError("a cut became NaN or infinite: expected smaller rates of the estimate", Result.NONFINITE)
-        self.master, self.fresh = new, np.zeros_like(self.fresh)
+        self.due = False
+        marks = self._marked()
+        self.master, self.marks = new, marks  # at once: a master with its cut is not to be given it again
+        self.fresh = np.zeros_like(self.fresh)
         self.replies = np.asarray(new.consensus_multiplier), np.asarray(new.received)
         slot, rows = int(slot), np.asarray(inner)
         for i in self._who(self.alive & self.up):  # one that is not up gets all, once it is
@@ -327,9 +330,11 @@ class Run:
             if self.on_lost != "wait":
                 for i in self._who(late & (now - self.since > self.patience)):
                     self._lose(i, f"no answer for {self.patience} seconds")
-            elif now - quiet > self.patience:
+            elif late.any() and now - quiet > self.patience:
                 who = ", ".join(map(str, self._who(late)))
                 raise ClusterError(f"worker {who}: no answer for {self.patience} seconds, expected it back")
+            if not late.any() and now - quiet > self.patience:
+                raise ClusterError(f"no worker has anything to answer, and none did for {self.patience} seconds")
 
     def _take(self, event: Answer | Lost | Ready) -> None:
         i = event.worker
