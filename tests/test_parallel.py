@@ -27,11 +27,12 @@ from bilevel_jax.checkpoints import run_long
 from bilevel_jax.estimators import total
 from bilevel_jax.parallel import Weighted, data_mesh, data_parallel, deal, place, sharded, spread
 from bilevel_jax.sweep import descend
+from experiments.scaling import COLLECTIVE
 from tests.tables import SOLVERS, STEPS, aux_like, build, distance, ragged, small, tiny
 
 UPDATES = 5  # one more than the period of SRBA: a refresh in their midst
 #: One of each kind of stage, table, path and value; the others run in the slow suite.
-FAST = ("saba", "hoag", "itd_bio", "meha", "bome")
+FAST = ("saba", "srba", "hoag", "itd_bio", "meha", "bome")
 #: Sums in another order: some units in the last place of numbers of up to about 10.
 ROUNDING = {"float64": 1e-12, "float32": 5e-6}
 
@@ -132,7 +133,7 @@ def tasks_apart(mesh: Any) -> float:
 def taken_up(mesh: Any) -> dict[str, bool]:
     """Whether a long run that is taken up again ends with the numbers of one that was not interrupted."""
     q, found = small(), {}
-    make = partial(build, "saba")
+    make = partial(build, "soba")
     ways = {
         "spread": (make(q.problem), spread(ragged(), mesh), place(q.data, mesh)),
         "sharded": (sharded(q.problem, make, mesh), ragged(), q.data),
@@ -152,8 +153,7 @@ def taken_up(mesh: Any) -> dict[str, bool]:
 
 def collectives(program: str) -> list[str]:
     """``kind result-type`` of every instruction of an optimised program by which devices exchange numbers."""
-    kinds = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
-    return [f"{kind} {kept}" for kept, kind in re.findall(rf"= (\S.*?) ({kinds})(?:-start)?\(", program)]
+    return [f"{kind} {kept}" for kept, kind in COLLECTIVE.findall(program)]
 
 
 def main(dtype: str, *names: str) -> None:
@@ -342,7 +342,7 @@ def test_deal_refuses():
         deal(data, 2, 2.5)
 
 
-@pytest.mark.parametrize("spec", [P("data"), P(None, "data")])
+@pytest.mark.parametrize("spec", [P("data"), P(None, "data"), P(("data",))])
 def test_mesh_and_place_refuse(spec):
     with pytest.raises(ValueError, match=r"tree\['state'\]: got the shape \(\), expected one that the devices"):
         place({"state": np.float32(1)}, data_mesh(), spec)
@@ -360,16 +360,31 @@ def test_place_keeps_values_keys_and_dtypes():
     np.testing.assert_array_equal(placed["state"], tree["state"])
 
 
+def test_place_over_two_axes():
+    """A leading axis over both, in one entry; what they do not divide together is refused."""
+    mesh = jax.make_mesh((1, 1), ("hosts", "data"), devices=jax.devices()[:1])
+    np.testing.assert_array_equal(place(np.arange(4.0), mesh, P(("hosts", "data"))), np.arange(4.0))
+    wide = jax.sharding.AbstractMesh((2, 3), ("hosts", "data"))
+    with pytest.raises(ValueError, match=r"tree: got the shape \(8,\), expected one that the devices {'hosts': 2, 'data': 3}"):
+        place(np.arange(8.0), wide, P(("hosts", "data")))  # type: ignore[arg-type]
+
+
+def test_place_takes_keys_with_several_processes(monkeypatch):
+    """As far as one process can tell: each gives the data of the keys."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for impl in ("threefry2x32", "rbg"):
+        keys = jax.random.split(jax.random.key(3, impl=impl), 4)
+        placed = place({"keys": keys, "rows": np.arange(4)}, data_mesh(), P("data"))["keys"]
+        assert placed.dtype == keys.dtype
+        np.testing.assert_array_equal(jax.random.key_data(placed), jax.random.key_data(keys))
+
+
 def test_composes_with_a_solver_of_ones_own():
     """`sharded` takes anything that makes a solver of a problem, and keeps its draws and cost."""
     make = lambda problem: sweep(descend(implicit(problem), Vars(*map(optax.adam, STEPS))))
     solver = sharded(small().problem, make, data_mesh())
     assert (solver.draws, solver.cost) == (1, make(small().problem).cost)
     assert not solver.lazy
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
 
 
 def test_losses_that_average_over_devices_are_refused_for_tasks():
@@ -382,3 +397,7 @@ def test_losses_that_average_over_devices_are_refused_for_tasks():
                 Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)),
                 **({"strength": 1.0} if make is solvers.imaml else {}),
             )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
