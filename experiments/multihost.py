@@ -19,7 +19,7 @@ class Processes:
     coordinator: str | None = None
     """host:port where process 0 listens, the same in every process; ``auto`` on a cluster that JAX knows; none: one process"""
     process: str = "0/1"
-    """number of this process, and how many there are: 0/2 and 1/2"""
+    """number of this process, and how many there are: 0/2 and 1/2; not with --coordinator auto, where the cluster says it"""
 
 
 def join(processes: Processes) -> bool:
@@ -36,6 +36,8 @@ def join(processes: Processes) -> bool:
         if count > 1:
             raise SystemExit(f"--coordinator: got none, expected host:port of process 0, as --process is {processes.process}")
         return True
+    if processes.coordinator == "auto" and processes.process != Processes.process:
+        raise SystemExit(f"--process: got {processes.process!r}, expected none with --coordinator auto: the cluster says it")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if processes.coordinator == "auto":
         jax.distributed.initialize()

@@ -28,6 +28,7 @@ from bilevel_jax.parallel import data_mesh, data_parallel, deal, place
 from experiments.lower_bounds import record, write
 from experiments.multihost import Processes, join
 
+DEVICES = (1, 2, 4, 8)  # by default
 TURNS = 10  # of the inner loop of AID, and of its conjugate gradients, whose number XLA does not know
 
 SOLVERS: dict[str, Callable[[Problem, Vars], Solver]] = {
@@ -48,8 +49,8 @@ class Config:
 
     solvers: tuple[Literal["soba", "saba", "srba", "aid_cg", "meha"], ...] = ("soba", "saba", "srba", "aid_cg", "meha")
     """solvers to run"""
-    devices: tuple[int, ...] = (1, 2, 4, 8)
-    """numbers of devices; several processes take all that they have together"""
+    devices: tuple[int, ...] | None = None
+    """numbers of devices (default: 1, 2, 4, 8, where there are so many); several processes take all that they have together"""
     updates: int = 50
     """updates after which the states are compared"""
     batch: int = 64
@@ -150,8 +151,9 @@ def distance(left: Any, right: Any) -> float:
 def measure(config: Config) -> pd.DataFrame:
     """One row a kind of scaling, solver and number of devices."""
     q = testing.quadratic(jax.random.key(0), inner_samples=config.samples, outer_samples=config.samples, dtype=jnp.float64)
-    cases = [("strong", name, n, config.batch) for name in config.solvers for n in config.devices]
-    cases += [("weak", name, n, n * config.batch_per_device) for name in config.solvers for n in config.devices]
+    devices = config.devices or DEVICES
+    cases = [("strong", name, n, config.batch) for name in config.solvers for n in devices]
+    cases += [("weak", name, n, n * config.batch_per_device) for name in config.solvers for n in devices]
     rows, known = [], {}
     for kind, name, count, batch in tqdm(cases, unit="run", file=sys.stderr):
         if (name, batch) not in known:
@@ -173,16 +175,16 @@ def measure(config: Config) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def check(config: Config) -> None:
-    """Refuse what cannot be run."""
+def check(config: Config, devices: tuple[int, ...]) -> None:
+    """Refuse what cannot be run on so many devices."""
     for name in ("updates", "batch", "batch_per_device", "samples"):
         if getattr(config, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')}: got {getattr(config, name)}, expected at least 1")
-    if not config.devices or min(config.devices) < 1:
-        raise SystemExit(f"--devices: got {config.devices}, expected positive numbers")
+    if not devices or min(devices) < 1:
+        raise SystemExit(f"--devices: got {devices}, expected positive numbers")
     if not config.solvers:
         raise SystemExit("--solvers: got none, expected at least one")
-    for count in config.devices:
+    for count in devices:
         if config.batch % count:
             raise SystemExit(f"--batch: got {config.batch}, expected a multiple of {count}, one of --devices")
         largest = max(config.batch, count * config.batch_per_device)
@@ -192,16 +194,21 @@ def check(config: Config) -> None:
 
 def main(config: Config) -> None:
     """Measure, print and write."""
-    check(config)
+    counts = DEVICES if config.devices is None else config.devices
+    check(config, counts)
     jax.config.update("jax_enable_x64", True)
     if config.processes.coordinator is None:
-        jax.config.update("jax_num_cpu_devices", max(config.devices))
+        jax.config.update("jax_num_cpu_devices", max(counts))
     writes = join(config.processes)
+    there = jax.device_count()
     if jax.process_count() > 1:
-        config = dataclasses.replace(config, devices=(jax.device_count(),))
-        check(config)
-    if jax.device_count() < max(config.devices):
-        raise SystemExit(f"--devices: got {max(config.devices)}, expected at most {jax.device_count()}, the devices there are")
+        counts = (there,)
+        check(config, counts)
+    elif config.devices is None:
+        counts = tuple(count for count in counts if count <= there)
+    if there < max(counts):
+        raise SystemExit(f"--devices: got {max(counts)}, expected at most {there}, the devices there are")
+    config = dataclasses.replace(config, devices=counts)
     table = measure(config)
     if writes:
         record(config, config.out)

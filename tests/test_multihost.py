@@ -57,8 +57,9 @@ def together(*commands: list[str], seconds: int) -> None:
     """Run them at the same time; when one fails, or takes too long, none is left behind."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     root = Path(__file__).parent.parent
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     running = [
-        subprocess.Popen([sys.executable, "-m", *command], env=environment, cwd=root, stdout=-1, stderr=-2, text=True)
+        subprocess.Popen([sys.executable, "-m", *command], env=environment, cwd=root, **output)  # type: ignore[call-overload]
         for command in commands
     ]
     try:
@@ -109,6 +110,7 @@ def test_the_command_in_two_processes_writes_once(tmp_path):
         (Processes(process="2/2"), "--process: got '2/2'"),
         (Processes(process="first"), "--process: got 'first'"),
         (Processes(process="0/2"), "--coordinator: got none"),
+        (Processes("auto", "0/2"), "--process: got '0/2', expected none with --coordinator auto"),
         (Processes("127.0.0.1", "0/2"), "--coordinator: got '127.0.0.1', expected host:port"),
     ],
 )
@@ -134,6 +136,18 @@ def test_one_process_needs_no_others():
 def test_scaling_refuses(change, match):
     with pytest.raises(SystemExit, match=match):
         main(Config(**change))
+
+
+def test_scaling_takes_the_devices_there_are(tmp_path, monkeypatch):
+    """One accelerator, say: by default all counts up to theirs, while one that is asked for is refused."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    few = {"solvers": ("soba",), "updates": 2, "batch": 16, "batch_per_device": 2, "samples": 32}
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    main(Config(**few, out=tmp_path))
+    assert pd.read_csv(tmp_path / "scaling.csv")["devices"].tolist() == [1, 1]
+    assert json.loads((tmp_path / "config.json").read_text())["settings"]["devices"] == [1]
+    with pytest.raises(SystemExit, match="--devices: got 2, expected at most 1, the devices there are"):
+        main(Config(**few, devices=(1, 2), out=tmp_path))
 
 
 def test_bytes_of_a_program_count_its_loops_and_one_branch():
