@@ -14,7 +14,7 @@ import pytest
 from bilevel_jax import Levels, Problem, Result, Vars, samplers
 from bilevel_jax.distributed import adbo, simulate
 from bilevel_jax.distributed.adbo import Rates
-from bilevel_jax.distributed.cluster import ClusterError, Inline, train
+from bilevel_jax.distributed.cluster import ClusterError, Inline, slept, train
 from bilevel_jax.distributed.transport import Lost, Ready
 from bilevel_jax.distributed.worker import (
     Back,
@@ -85,6 +85,9 @@ class Virtual:
 
     def restart(self, worker):
         self.restarts.append(worker)  # it is back when its failure says so
+
+    def stop(self, worker):
+        self.restarts.append(worker)
 
     def send(self, worker, message):
         if worker in self.sites:
@@ -297,28 +300,61 @@ def test_waiting_is_bounded_and_names_who_is_missing():
 
 def test_eviction_goes_on_without_and_ends_when_none_is_left():
     hang = once(1, 3, None)
-    master, history = train(make(), Faulty(hang), **ALL, on_lost="evict", patience=0.2)
+    workers = Faulty(hang)
+    master, history = train(make(), workers, **ALL, on_lost="evict", patience=0.2)
+    assert workers.sites.keys() == {0, 2}  # the other one is ended
     assert master.alive.tolist() == [True, False, True]
     assert history["lost"].tolist()[-1] == 1
     with pytest.raises(ClusterError, match="the last one, was lost: no power"):
         train(make(), Faulty(lambda answer, n: Lost(answer.worker, "no power") if n > 3 else answer), **ALL, on_lost="evict")
 
 
+class Failing(Faulty):
+    """Workers that cannot start."""
+
+    def start(self, worker):
+        self.events.append(Lost(worker, "FileNotFoundError: no shard here", error=True))
+
+
 def test_a_worker_that_cannot_start_ends_the_run_at_once():
-    def missing(worker):
-        raise FileNotFoundError("no shard here")
-
-    class Reports(Faulty):
-        def start(self, worker):
-            try:
-                super().start(worker)
-            except FileNotFoundError as error:
-                self.events.append(Lost(worker, repr(error), error=True))
-
     with pytest.raises(ClusterError, match=r"worker 0 did not come up: FileNotFoundError.*no shard here"):
-        train(make(), Reports(load=missing), **ALL)
+        train(make(), Failing(), **ALL)
     with pytest.raises(TypeError, match=r"load\(0\): got list, expected Levels"):
         train(make(), Faulty(load=lambda worker: [1.0]), **ALL)
+
+
+@pytest.mark.parametrize("on_lost", ["restore", "wait", "evict"])
+def test_those_that_are_up_wait_for_one_that_starts_slowly(on_lost, undisturbed):
+    """One after the other they take longer than the patience: nobody is lost as long as somebody comes."""
+
+    class Slow(Faulty):
+        quiet = 0.0
+
+        def wait_any(self, timeout):
+            if self.events and isinstance(self.events[0], Ready) and self.quiet < 0.3:
+                time.sleep(timeout)
+                self.quiet += timeout
+                return None
+            self.quiet = 0.0
+            return super().wait_any(timeout)
+
+    transport = Slow()
+    master, history = train(make(), transport, **ALL, on_lost=on_lost, patience=0.5)
+    assert transport.lives == [1] * N
+    assert history["lost"][-1] == 0
+    check_same(jax.device_get(master), undisturbed, tol=0)
+    with pytest.raises(ClusterError, match=r"worker 1.*no answer for 0.2 seconds"):  # but the patience has an end
+        train(make(), Hanging(), **ALL, on_lost=on_lost, patience=0.2)
+
+
+class Hanging(Faulty):
+    """Worker 1 never comes up."""
+
+    def start(self, worker):
+        if worker != 1:
+            super().start(worker)
+
+    restart = start
 
 
 @pytest.mark.parametrize("interrupted", [1, 13, 16, 25])
@@ -386,6 +422,43 @@ def test_checkpoints_of_another_problem_are_refused(tmp_path):
     train(make(), Faulty(), **ALL, checkpoint=tmp_path)
     with pytest.raises(ValueError, match=r"checkpoint: .* holds a run with max_cuts = 6, expected 7"):
         train(make(max_cuts=7), Faulty(method=make(max_cuts=7)), **ALL, checkpoint=tmp_path)
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path):
+    train(
+        make(), Faulty(), **ALL, checkpoint=tmp_path, metrics=lambda vars: {"norm": vars.inner.sum(), "top": vars.inner.max()}
+    )
+    idle, other = Faulty(), lambda vars: {"least": vars.inner.min(), "top": vars.inner.max()}
+    with pytest.raises(ValueError, match=rf"metrics: got others than .*{tmp_path}, expected the same: \['least', 'norm'\]"):
+        train(make(), idle, **ALL | {"steps": 15}, checkpoint=tmp_path, metrics=other)
+    with pytest.raises(ValueError, match="holds a run with quorum = 3, expected 2"):
+        train(make(), idle, **ALL | {"quorum": 2}, checkpoint=tmp_path)
+    assert idle.lives == [0] * N
+
+
+def test_an_error_is_not_replaced_by_one_of_the_disk(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    broken = lambda answer, n: answer._replace(body=Estimated(np.zeros(m))) if n == 2 else answer
+    known = ALL | {"checkpoint": tmp_path / "run"}
+    with monkeypatch.context() as disk:
+        disk.setattr("orbax.checkpoint.CheckpointManager.save", full)
+        with pytest.raises(ClusterError, match=r"answer of worker .*state is not saved: OSError: no space left\)"):
+            train(make(), Faulty(broken), **known)
+        with pytest.raises(ZeroDivisionError) as caught:
+            train(make(), Faulty(lambda answer, n: answer if n < 2 else 1 / 0), **known)
+        assert "not saved: OSError: no space left" in caught.value.__notes__[0]
+    with pytest.raises(ClusterError, match=rf"not saved: nothing was done, and {tmp_path}/run is as it was"):
+        train(make(), Failing(), **known)
+
+
+def test_counts_may_be_of_numpy(tmp_path):
+    method = make(n_workers=np.int64(N))
+    known = {name: np.int64(value) for name, value in ALL.items()}
+    master, _ = train(method, Faulty(method=method), **known, checkpoint=tmp_path)
+    again, _ = train(make(), Faulty(), **ALL, checkpoint=tmp_path)
+    check_same(jax.device_get(again), jax.device_get(master), tol=0)
 
 
 def test_drained_workers_are_not_asked_again_after_an_interruption(tmp_path):
@@ -476,6 +549,27 @@ def test_the_master_refuses_answers_that_do_not_fit(wrong, error):
 def test_settings_that_make_no_sense_are_refused(own, error):
     with pytest.raises(ValueError, match=error):
         train(make(), Faulty(), **ALL | own)
+
+
+def test_waiting_for_workers_that_do_not_come_back_is_refused():
+    transport = Faulty()
+    transport.revive = False
+    with pytest.raises(ValueError, match="on_lost: got 'wait' and workers with revive=False, expected revive=True"):
+        train(make(), transport, **ALL, on_lost="wait")
+
+
+@pytest.mark.parametrize("name", ["step", "lost", "made", "result"])
+def test_metrics_with_names_of_other_columns_are_refused(name):
+    transport = Faulty()
+    with pytest.raises(ValueError, match=rf"metrics: got \['{name}'\], expected names that are not columns"):
+        train(make(), transport, **ALL, metrics=lambda vars: {name: vars.inner.sum(), "norm": vars.inner.sum()})
+    assert transport.lives == [0] * N
+
+
+def test_slowdowns_that_fit_no_worker_are_refused():
+    for wrong, error in (([1.0, 2.0], r"slowdown: got the shape \(2,\)"), (-1.0, "slowdown: got -1.0, expected positive")):
+        with pytest.raises(ValueError, match=error):
+            slept(simulate.Cluster(simulate.constant(1.0), slowdown=np.array(wrong)), 3, 10)
 
 
 def test_a_master_of_another_problem_is_refused():

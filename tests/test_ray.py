@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ import pytest
 
 from bilevel_jax import Levels, samplers
 from bilevel_jax.distributed import cluster, ray_transport
+from tests.checks import check_same
 from tests.cluster_jobs import WORKERS, toy
 
 pytestmark = [
@@ -122,7 +124,8 @@ def test_workers_that_are_killed_are_restored(undisturbed):
             200: send(workers, [1, 2]),
         }
         sockets = {}
-        actions[400] = lambda: sockets.update(found=listening(psutil.Process().children(recursive=True)))
+        me = psutil.Process()
+        actions[400] = lambda: sockets.update(found=listening([me, *me.children(recursive=True)]))
         master, history = train(workers, actions)
         assert int(master.step) == STEPS
         assert 3 <= history["lost"][-1] <= 5
@@ -163,16 +166,50 @@ def test_workers_that_hang_or_answer_nonsense_are_restored(undisturbed, tmp_path
         [process.kill() for process in stopped if process.is_running()]
 
 
-def test_waiting_workers_come_back_by_themselves_and_evicted_ones_do_not(undisturbed):
-    with workers_of(revive=True) as workers:
-        _, history = train(workers, {100: send(workers, [1])}, on_lost="wait")
-        assert history["lost"][-1] >= 1
-        assert history["loss"][-20:].mean() == pytest.approx(undisturbed, rel=0.01)
-    with workers_of() as workers:
-        master, history = train(workers, {100: send(workers, [1])}, on_lost="evict", steps=200)
-        assert master.alive.tolist() == [True, False, True]
-        assert history["lost"][-1] == 1
+def test_workers_come_back_by_themselves_even_if_they_were_idle():
+    """Of three that are all awaited one is late; of those that have answered one is killed, then the late one itself."""
+    method, load, _ = toy()
+    known = {"quorum": WORKERS, "on_lost": "wait", "steps": 60}
+    inline = cluster.Inline(method, samplers.full(), load, jax.random.key(0))
+    expected, _ = cluster.train(method, inline, **SETTINGS | known)
+    # 1 + 20 + 5 messages a worker until the reply after the first cut
+    with workers_of(revive=True, delay=lambda worker, n: 2.0 * (worker == 2 and n == 26)) as workers:
+        first = {}
+
+        def kill_idle():
+            first.update(workers.places)
+            time.sleep(0.5)
+            send(workers, [0])()
+
+        master, history = train(workers, {20: kill_idle, 40: send(workers, [2])}, **known)
+        assert history["lost"].tolist()[1] == 0
+        assert history["lost"][-1] >= 2
+        assert [workers.places[worker] != first[worker] for worker in range(WORKERS)] == [True, False, True]
+    check_same(jax.device_get(master), jax.device_get(expected), tol=1e-12)
+
+
+def test_evicted_workers_are_ended_and_the_last_one_goes_on():
+    _, loader, _ = toy()
+
+    def load(worker):  # worker 2 answers NaN
+        data = loader(worker)
+        return data._replace(outer=data.outer * np.nan) if worker == 2 else data
+
+    with workers_of(load) as workers:
+        gone = []
+
+        def hang():
+            gone.extend(
+                psutil.Process(workers.places[worker][1]) for worker in (0, 2) if psutil.pid_exists(workers.places[worker][1])
+            )
+            os.kill(workers.places[0][1], signal.SIGSTOP)
+
+        master, history = train(workers, {100: hang}, on_lost="evict", steps=200, patience=10.0)
+        assert master.alive.tolist() == [False, True, False]
+        assert history["lost"].tolist()[-1] == 2
         assert np.isfinite(history["loss"]).all()
+        _, alive = psutil.wait_procs(gone, 20)  # before the others are
+        assert not alive
 
 
 def test_an_exception_in_a_worker_reaches_the_master():

@@ -1,4 +1,4 @@
-"""ADBO in real processes: the host loop of the master, over any transport of four calls.
+"""ADBO in real processes: the host loop of the master, over any transport of five calls.
 
 The numerics are the pure functions of `bilevel_jax.distributed.adbo`, and who is waited for is decided as by the virtual clock
 of `bilevel_jax.distributed.simulate`: this module adds losses, time and disk.  `bilevel_jax.distributed.ray_transport` has
@@ -17,7 +17,7 @@ import numpy as np
 from bilevel_jax import checks
 from bilevel_jax.distributed.adbo import Adbo, Master
 from bilevel_jax.distributed.host import ClusterError, Run
-from bilevel_jax.distributed.store import store
+from bilevel_jax.distributed.store import Store, store
 from bilevel_jax.distributed.transport import Inline, Transport, slept
 from bilevel_jax.types import Array, Vars
 
@@ -45,12 +45,15 @@ def train(
     ``max_staleness`` iterations old, exactly as in `bilevel_jax.distributed.simulate.schedule`; cuts are barriers.
 
     A worker is lost when its process dies, when it gives no answer for ``patience`` seconds, when it answers NaN or infinity,
-    and when it raises an exception (one that cannot even start ends the run).  Then, by ``on_lost``:
+    and when it raises an exception (one that cannot even start ends the run).  The patience is judged while the master waits
+    and nothing comes from anyone: as long as the others keep it going it goes on, up to ``max_staleness``.  Then, by
+    ``on_lost``:
 
     - ``"restore"``: it is restarted, and sent all that it held, which the master keeps: it does its step anew, and was merely
       late.  After three faults in a row the run ends.
-    - ``"wait"``: the transport brings it back by itself; meanwhile the master goes on, until the worker is ``max_staleness``
-      iterations behind.  When nothing comes from anyone for ``patience`` seconds, or NaN do, the run ends.
+    - ``"wait"``: the transport brings it back by itself (Ray does, with ``revive=True``); meanwhile the master goes on, until
+      the worker is ``max_staleness`` iterations behind.  When nothing comes from anyone for ``patience`` seconds, or NaN do,
+      the run ends.
     - ``"evict"``: it is dropped for good, with its terms of the problem; a cut under way begins again without it.
 
     Args:
@@ -60,10 +63,12 @@ def train(
         quorum: S; with ``n_workers`` the method is synchronous (SDBO).
         max_staleness: tau.
         on_lost: ``"restore"``, ``"wait"`` or ``"evict"``.
-        master: where to start: ``method.init()`` by default.
-        patience: seconds; covers a worker's start as well: its imports, its data, its compilation.
+        master: where to start: ``method.init()`` by default.  Not looked at when a run is taken up.
+        patience: seconds; covers a worker's start as well: its imports, its data, its compilation.  While workers start, it
+            begins again with each that is up.
         checkpoint: folder of checkpoints (orbax), the last three kept.  A run that was ended, by an error or by a kill of the
-            master, goes on from the last one when ``train`` is called again.  Another run wants another folder.
+            master, goes on from the last one when ``train`` is called again.  Another run wants another folder: sizes, quorum
+            and staleness are compared; that losses, rates, the sampler, its key and the data are the same is up to the caller.
         every: iterations from one checkpoint to the next, ten cut periods by default.
         metrics: ``(consensus variables) -> {name: array}``, compiled here; measured on the clock.
         on_row: called with each row of the history as it is made.
@@ -77,9 +82,10 @@ def train(
 
     Raises:
         TypeError, ValueError: for counts that are not positive ints, a quorum above N, steps that are no whole periods, a
-            master or a checkpoint of another problem.
+            master or a checkpoint of another problem, metrics with names of other columns or not those of the checkpoint,
+            and waiting for workers that do not come back by themselves.
         ClusterError: when the run cannot go on: a worker that does not come back or keeps failing, no worker left, NaN or
-            infinity in the master itself (too large steps).  The state is saved first.
+            infinity in the master itself (too large steps).  The state is saved first; the message says where.
 
     Cost: as of `bilevel_jax.distributed.simulate.simulate`; a few milliseconds an iteration for the host and the transport.
 
@@ -96,8 +102,8 @@ def train(
         >>> int(master.step), history["step"]
         (20, array([ 0,  5, 10, 15, 20]))
     """
-    for name, value in (("steps", steps), ("quorum", quorum), ("max_staleness", max_staleness)):
-        checks.positive_int(name, value)
+    steps, quorum = checks.positive_int("steps", steps), checks.positive_int("quorum", quorum)
+    max_staleness = checks.positive_int("max_staleness", max_staleness)
     every = 10 * method.cut_period if every is None else checks.positive_int("every", every)
     checks.positive("patience", patience)
     if steps % method.cut_period:
@@ -106,6 +112,8 @@ def train(
         raise ValueError(f"quorum: got {quorum}, expected at most n_workers = {method.n_workers}")
     if on_lost not in ("wait", "restore", "evict"):
         raise ValueError(f"on_lost: got {on_lost!r}, expected 'wait', 'restore' or 'evict'")
+    if on_lost == "wait" and not getattr(transport, "revive", True):
+        raise ValueError("on_lost: got 'wait' and workers with revive=False, expected revive=True, or 'restore' or 'evict'")
     fresh = jax.eval_shape(method.init)
     if master is not None:
         checks.same_shapes("master", master, fresh, "that of method.init")
@@ -117,11 +125,24 @@ def train(
         try:
             run.go(steps, every, kept)
         except BaseException as error:
-            if run.started:
-                run.save(kept)
+            where = _rescue(run, kept)
             if isinstance(error, ClusterError):
                 error.master, error.history = run.master, run.history()
-                where = f"saved in {checkpoint}" if kept and run.started else "not saved: checkpoint was not given"
-                error.args = (f"{error.args[0]} (iteration {run.step}; the state is {where})",)
+                error.args = (f"{error.args[0]} (iteration {int(run.master.step)}; the state is {where})",)
+            elif kept:
+                error.add_note(f"bilevel_jax.distributed.cluster.train: the state is {where}")
             raise
         return run.master, run.history()
+
+
+def _rescue(run: Run, kept: Store | None) -> str:
+    """Save what there is, and say where; the error that ended the run is not to be replaced by one of the disk."""
+    if kept is None:
+        return "not saved: checkpoint was not given"
+    if not run.started:
+        return f"not saved: nothing was done, and {kept.folder} is as it was"
+    try:
+        run.save(kept)
+    except Exception as error:
+        return f"not saved: {type(error).__name__}: {error}"
+    return f"saved in {kept.folder}"

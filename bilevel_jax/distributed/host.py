@@ -33,6 +33,8 @@ from bilevel_jax.distributed.worker import (
 from bilevel_jax.results import Result, all_finite
 from bilevel_jax.types import Array, Vars
 
+#: Columns of the history beside what is found in the master's state.
+OWN = ("step", "seconds", "up", "down", "restored", "lost")
 #: Faults of one worker in a row, without an answer between them, that end a run.
 FAULTS = 3
 
@@ -69,7 +71,10 @@ def _compiled(method: Adbo, metrics: Callable[[Vars], dict[str, Array]] | None) 
         code = jnp.where(all_finite((found, apart)), jnp.int32(Result.SUCCESSFUL), jnp.int32(Result.NONFINITE))
         known = {"inner_gap": master.inner_gap, "cuts": master.cuts.live.sum(), "made": master.made}
         known |= {"refused": master.refused, "inner_apart": apart.inner, "outer_apart": apart.outer, "result": code}
-        return known | (metrics(found) if metrics else {})
+        more = metrics(found) if metrics else {}
+        if taken := sorted((known.keys() | OWN) & more.keys()):
+            raise ValueError(f"metrics: got {taken}, expected names that are not columns of the history already")
+        return known | more
 
     def closed(new: Master) -> tuple[Array, Array, Array]:
         # All cuts but a new one have a multiplier that is, or was, positive: the others have been dropped.
@@ -116,6 +121,7 @@ class Run:
         self.clock, self.begun, self.started = 0.0, time.monotonic(), False
 
         self.iterate, self.record, self.row, self.closed, self.of_worker = _compiled(method, metrics)
+        self.columns = {*OWN, *jax.eval_shape(self.row, jax.eval_shape(method.init))}
 
     def begin(self, master: Master) -> None:
         self.master, self.step, self.alive = master, int(master.step), np.array(master.alive)
@@ -124,9 +130,11 @@ class Run:
     def take_up(self, store: Store | None) -> bool:
         """Go on from the last checkpoint, if there is one."""
         found = store and store.last(self._settings(), jax.eval_shape(self.method.init))
-        if not found:
+        if not store or not found:
             return False
         master, known = found
+        if known["rows"] and (differ := sorted(self.columns ^ known["rows"][0].keys())):
+            raise ValueError(f"metrics: got others than those of the run in {store.folder}, expected the same: {differ}")
         self.age, self.arrived, self.due = np.array(known["age"], np.int32), np.array(known["arrived"]), known["due"]
         self.held = np.array(known["held"]) & self.due  # without a cut to come, what they are brought up with is the reply
         self.rows, self.counts, self.clock = known["rows"], known["counts"], known["seconds"]
@@ -147,7 +155,8 @@ class Run:
 
     def _settings(self) -> dict[str, Any]:
         names = ("n_workers", "max_cuts", "cut_period", "last_cut", "estimate_rounds", "inner_size", "outer_size")
-        return {name: getattr(self.method, name) for name in names} | {"dtype": str(np.dtype(self.method.dtype))}
+        known = {name: int(getattr(self.method, name)) for name in names} | {"dtype": str(np.dtype(self.method.dtype))}
+        return known | {"quorum": self.quorum, "max_staleness": self.max_staleness}
 
     def _seconds(self) -> float:
         return self.clock + time.monotonic() - self.begun
@@ -195,7 +204,7 @@ class Run:
         self.iterate(jax.tree.map(jnp.copy, new), self.outer, self.inner, self.fresh, self.alive)
 
     def _may_go_on(self) -> bool:
-        enough = self.arrived.sum() >= min(self.quorum, self.alive.sum())
+        enough = (self.arrived & self.alive).sum() >= min(self.quorum, self.alive.sum())
         return bool(enough and self.age[self.alive].max() < self.max_staleness)
 
     def _iterate(self) -> None:
@@ -326,7 +335,7 @@ class Run:
                 if self.alive[event.worker]:
                     self._take(event)
                 continue
-            late = (self._awaited() | ~self.up) & self.alive
+            late = self.alive & (~self.up | (self._awaited() & self.started))
             if self.on_lost != "wait":
                 for i in self._who(late & (now - self.since > self.patience)):
                     self._lose(i, f"no answer for {self.patience} seconds")
@@ -342,6 +351,8 @@ class Run:
             self.up[i] = True
             if self.started:
                 self._bring_up(i)
+            else:  # many that start at once slow each other down: as long as they come, there is patience with the rest
+                self.since[:] = time.monotonic()
         elif isinstance(event, Lost):
             self._lose(i, event.why, broken=event.error)
         elif event.incarnation == self.incarnation[i]:
@@ -386,6 +397,7 @@ class Run:
         if self.on_lost == "evict" and self.started:
             self.alive[i] = self.arrived[i] = self.fresh[i] = False
             self.expects[i], self.answers[i] = None, None
+            self.transport.stop(i)
             self.master = adbo.evict(self.master, ~jnp.asarray(self.alive))
             if not self.alive.any():
                 raise ClusterError(f"worker {i}, the last one, was lost: {why}", result)

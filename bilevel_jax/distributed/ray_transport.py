@@ -43,6 +43,8 @@ REACH = 10.0
 def session(address: str | None = None) -> Iterator[None]:
     """Ray, for as many runs as there are in the block: a local one takes seconds to start.
 
+    Where Ray is initialised already, that one is taken, whatever the address, and left open.
+
     Args:
         address: ``"HOST:PORT"`` of a cluster that is up; None starts one on this machine, on loopback only, and ends it
             with the block.
@@ -82,7 +84,7 @@ class RayWorkers:
         address: as of `session`; without one that is open, one is opened, and closed in the end.
         delay: artificial delays, for experiments: see `bilevel_jax.distributed.transport.slept`.
         threads: of XLA, a worker; on a cluster also the CPUs that it takes.
-        revive: let Ray restart lost workers by itself, as ``on_lost="wait"`` expects.
+        revive: let Ray restart lost workers by itself; ``on_lost="wait"`` wants it, the others do without.
 
     Workers compute on CPUs, with the precision (``jax_enable_x64``) of this process.
 
@@ -117,13 +119,15 @@ class RayWorkers:
         self._stack = ExitStack()
 
     def __enter__(self) -> "RayWorkers":
-        self._stack.enter_context(session(self.address))
-        self._put = _ray(self.local).put(self.recipe)
+        with ExitStack() as stack:
+            stack.enter_context(session(self.address))
+            self._put = _ray(self.local).put(self.recipe)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         for worker in list(self._actors):
-            self._end(worker)
+            self.stop(worker)
         self._stack.close()
 
     def start(self, worker: int) -> None:
@@ -132,7 +136,7 @@ class RayWorkers:
     def restart(self, worker: int) -> None:
         import ray
 
-        self._end(worker)
+        self.stop(worker)
         flags = os.environ.get("XLA_FLAGS", "")
         if self.threads == 1:
             flags += " --xla_cpu_multi_thread_eigen=false"
@@ -151,6 +155,13 @@ class RayWorkers:
         )
         self._actors[worker] = actor.remote(worker, self._put)
         self._open(worker)
+
+    def stop(self, worker: int) -> None:
+        import ray
+
+        self._refs = {ref: found for ref, found in self._refs.items() if found[0] != worker}
+        if worker in self._actors:
+            ray.kill(self._actors.pop(worker), no_restart=True)
 
     def send(self, worker: int, message: Message) -> None:
         self._refs[self._actors[worker].handle.remote(message)] = worker, False
@@ -173,7 +184,7 @@ class RayWorkers:
         except ray.exceptions.RayError as error:
             return self._lost(worker, str(error))
         if not opening:
-            return found
+            return self._lost(worker, "it was revived, and is empty") if isinstance(found.body, Blank) else found
         if isinstance(found, str):
             return self._lost(worker, found, broken=True)
         self.places[worker] = found
@@ -188,13 +199,6 @@ class RayWorkers:
         if self.revive and not broken:
             self._open(worker)
         return Lost(worker, why, broken)
-
-    def _end(self, worker: int) -> None:
-        import ray
-
-        self._refs = {ref: found for ref, found in self._refs.items() if found[0] != worker}
-        if worker in self._actors:
-            ray.kill(self._actors.pop(worker), no_restart=True)
 
 
 class _Worker:
@@ -213,7 +217,7 @@ class _Worker:
         return socket.gethostname(), os.getpid()
 
     def handle(self, message: Message) -> Answer:
-        if self.site is None:  # revived, and this message came before `open`
+        if self.site is None:  # Ray revived it, and nobody knows: it was idle when it was lost
             return Answer(self.worker, message.incarnation, message.number, Blank())
         return self.site.handle(message)
 

@@ -1,12 +1,10 @@
-"""How the master of ADBO and its workers reach one another: four calls, and a stand-in without processes."""
+"""How the master of ADBO and its workers reach one another: five calls, and a stand-in without processes."""
 
 import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol
-
-import numpy as np
 
 from bilevel_jax import checks
 from bilevel_jax.distributed import simulate
@@ -31,7 +29,10 @@ class Ready(NamedTuple):
 
 
 class Transport(Protocol):
-    """Messages to one worker arrive in order, or not at all."""
+    """Messages to one worker arrive in order, or not at all.
+
+    One with an attribute ``revive`` that is false does not bring lost workers back by itself: ``on_lost="wait"`` refuses it.
+    """
 
     def start(self, worker: int) -> None:
         """Create a worker.  `Ready` or `Lost` follows."""
@@ -47,6 +48,10 @@ class Transport(Protocol):
 
     def restart(self, worker: int) -> None:
         """Replace a worker, whether it is lost, hangs or answers nonsense.  `Ready` or `Lost` follows."""
+        ...
+
+    def stop(self, worker: int) -> None:
+        """End a worker, in whatever state it is, for good."""
         ...
 
 
@@ -68,6 +73,9 @@ class Inline:
 
     restart = start
 
+    def stop(self, worker: int) -> None:
+        self.sites.pop(worker, None)
+
     def send(self, worker: int, message: Message) -> None:
         self.events.append(self.sites[worker].handle(message))
 
@@ -87,6 +95,9 @@ def slept(machines: simulate.Cluster, n_workers: int, count: int, *, seed: int =
         count: delays drawn for each worker; after so many they begin again.
         seed: as of `bilevel_jax.distributed.simulate.schedule`.
 
+    Raises:
+        TypeError, ValueError: for counts that are not positive ints, and a slowdown that fits no worker.
+
     Example:
         >>> sleep = slept(simulate.Cluster(simulate.constant(0.5), slowdown=simulate.stragglers(3, 1, 4.0)), 3, 10)
         >>> sleep(0, 7), sleep(2, 25)
@@ -94,6 +105,5 @@ def slept(machines: simulate.Cluster, n_workers: int, count: int, *, seed: int =
     """
     checks.positive_int("n_workers", n_workers)
     checks.positive_int("count", count)
-    delays = np.stack([machines.delay(np.random.default_rng([seed, i, 0]), count) for i in range(n_workers)])
-    seconds = np.broadcast_to(np.asarray(machines.slowdown, float), n_workers)[:, None] * delays
+    seconds = simulate._durations(machines._replace(compute=0.0), n_workers, count, seed, 0)
     return lambda worker, n: float(seconds[worker, n % count])

@@ -69,6 +69,7 @@ def run(config: "Config", case: Case, name: str, method: Adbo, workers: Any, dra
         max_staleness=config.staleness,
         master=method.init(workers=draw.workers),
         metrics=partial(metrics, draw),
+        patience=60.0 + 5.0 * case.size.workers,  # they all start at once, on however many cores there are
     )
     table = pd.DataFrame({key: history[key] for key in history})
     width = method.dtype.itemsize
