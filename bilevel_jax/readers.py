@@ -103,7 +103,7 @@ def _read(stretch: Any, arrays: Levels, firsts: range, length: int, ahead: int) 
             future.cancel()
 
 
-def _host() -> jax.Device | None:
+def _host() -> Any:
     """The CPU, or None, which is the default device, where JAX was told to use no CPU (``JAX_PLATFORMS=cuda``)."""
     try:
         return jax.devices("cpu")[0]
