@@ -15,6 +15,7 @@ from bilevel_jax import Levels, Problem, Result, Vars, samplers
 from bilevel_jax.distributed import adbo, simulate
 from bilevel_jax.distributed.adbo import Rates
 from bilevel_jax.distributed.cluster import ClusterError, Inline, slept, train
+from bilevel_jax.distributed.host import Run
 from bilevel_jax.distributed.transport import Lost, Ready
 from bilevel_jax.distributed.worker import (
     Back,
@@ -345,6 +346,14 @@ def test_those_that_are_up_wait_for_one_that_starts_slowly(on_lost, undisturbed)
     check_same(jax.device_get(master), undisturbed, tol=0)
     with pytest.raises(ClusterError, match=r"worker 1.*no answer for 0.2 seconds"):  # but the patience has an end
         train(make(), Hanging(), **ALL, on_lost=on_lost, patience=0.2)
+
+
+def test_waiting_for_nobody_ends():
+    run = Run(make(), Faulty(), N, 4, "restore", 0.2, None, None)
+    run.begin(make().init())
+    run.up[:] = True
+    with pytest.raises(ClusterError, match=r"no worker has anything to answer, and none did for 0.2 seconds"):
+        run._until(lambda: False)
 
 
 class Hanging(Faulty):

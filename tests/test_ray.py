@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -24,6 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 STEPS, SETTINGS = 1500, {"quorum": 2, "max_staleness": 8}
+ALL = {"quorum": WORKERS, "steps": 60}  # every worker works at every iteration: losses change nothing
 ROOT = Path(__file__).parents[1]
 
 
@@ -52,6 +55,13 @@ def undisturbed():
     method, load, objective = toy()
     inline = cluster.Inline(method, samplers.full(), load, jax.random.key(0))
     return cluster.train(method, inline, steps=STEPS, **SETTINGS, metrics=objective)[1]["loss"][-20:].mean()
+
+
+@pytest.fixture(scope="module")
+def synchronous():
+    method, load, _ = toy()
+    inline = cluster.Inline(method, samplers.full(), load, jax.random.key(0))
+    return jax.device_get(cluster.train(method, inline, **SETTINGS | ALL)[0])
 
 
 def workers_of(load=None, **own):
@@ -98,14 +108,14 @@ def test_a_master_that_is_killed_goes_on_from_its_checkpoint(tmp_path, leaving):
     with start(10_000) as first:
         assert first.stdout is not None
         rows = [first.stdout.readline() for _ in range(6)]
-        children = psutil.Process(first.pid).children(recursive=True)
+        children = {child: child.name() for child in psutil.Process(first.pid).children(recursive=True)}
         assert len(children) > WORKERS
         first.kill()
     done = int(rows[-1].split()[0])
     assert done == 100
-    _, alive = psutil.wait_procs(children, timeout=15)
-    assert {child.name() for child in alive} <= {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
-    leaving.extend(alive)
+    leaving.extend(child for child, name in children.items() if name in ("ray::DashboardAgent", "ray::RuntimeEnvAgent"))
+    _, alive = psutil.wait_procs(children.keys() - leaving, timeout=20)
+    assert not alive
     with start(done + 60) as second:
         rows = [line.split() for line in second.communicate()[0].splitlines()]
     assert second.returncode == 0
@@ -138,7 +148,7 @@ def test_workers_that_are_killed_are_restored(undisturbed):
     assert not alive
 
 
-def test_workers_that_hang_or_answer_nonsense_are_restored(undisturbed, tmp_path):
+def test_workers_that_hang_or_answer_nonsense_are_restored(synchronous, tmp_path):
     _, loader, _ = toy()
 
     def load(worker):  # the data of worker 1 are spoilt the first time
@@ -155,23 +165,19 @@ def test_workers_that_hang_or_answer_nonsense_are_restored(undisturbed, tmp_path
             stopped.append(psutil.Process(workers.places[0][1]))
             stopped[0].suspend()
 
-        _, history = train(workers, {100: stop})
+        master, history = train(workers, {20: stop}, **ALL, patience=12.0)
         assert history["lost"].tolist()[0] == 0
         assert history["lost"][-1] == 2
-        assert history["loss"][-20:].mean() == pytest.approx(undisturbed, rel=0.01)
     try:
         _, alive = psutil.wait_procs(stopped, 20)
         assert not alive
     finally:
         [process.kill() for process in stopped if process.is_running()]
+    check_same(jax.device_get(master), synchronous, tol=1e-12)
 
 
-def test_workers_come_back_by_themselves_even_if_they_were_idle():
+def test_workers_come_back_by_themselves_even_if_they_were_idle(synchronous):
     """Of three that are all awaited one is late; of those that have answered one is killed, then the late one itself."""
-    method, load, _ = toy()
-    known = {"quorum": WORKERS, "on_lost": "wait", "steps": 60}
-    inline = cluster.Inline(method, samplers.full(), load, jax.random.key(0))
-    expected, _ = cluster.train(method, inline, **SETTINGS | known)
     # 1 + 20 + 5 messages a worker until the reply after the first cut
     with workers_of(revive=True, delay=lambda worker, n: 2.0 * (worker == 2 and n == 26)) as workers:
         first = {}
@@ -181,11 +187,11 @@ def test_workers_come_back_by_themselves_even_if_they_were_idle():
             time.sleep(0.5)
             send(workers, [0])()
 
-        master, history = train(workers, {20: kill_idle, 40: send(workers, [2])}, **known)
+        master, history = train(workers, {20: kill_idle, 40: send(workers, [2])}, **ALL, on_lost="wait")
         assert history["lost"].tolist()[1] == 0
         assert history["lost"][-1] >= 2
         assert [workers.places[worker] != first[worker] for worker in range(WORKERS)] == [True, False, True]
-    check_same(jax.device_get(master), jax.device_get(expected), tol=1e-12)
+    check_same(jax.device_get(master), synchronous, tol=1e-12)
 
 
 def test_evicted_workers_are_ended_and_the_last_one_goes_on():
@@ -199,17 +205,20 @@ def test_evicted_workers_are_ended_and_the_last_one_goes_on():
         gone = []
 
         def hang():
-            gone.extend(
-                psutil.Process(workers.places[worker][1]) for worker in (0, 2) if psutil.pid_exists(workers.places[worker][1])
-            )
+            pids = [workers.places[worker][1] for worker in (0, 2)]
+            gone.extend(psutil.Process(pid) for pid in pids if psutil.pid_exists(pid))
             os.kill(workers.places[0][1], signal.SIGSTOP)
 
-        master, history = train(workers, {100: hang}, on_lost="evict", steps=200, patience=10.0)
-        assert master.alive.tolist() == [False, True, False]
-        assert history["lost"].tolist()[-1] == 2
-        assert np.isfinite(history["loss"]).all()
-        _, alive = psutil.wait_procs(gone, 20)  # before the others are
-        assert not alive
+        try:
+            master, history = train(workers, {20: hang}, on_lost="evict", steps=60, patience=12.0)
+            assert master.alive.tolist() == [False, True, False]
+            assert history["lost"].tolist()[-1] == 2
+            assert np.isfinite(history["loss"]).all()
+            _, alive = psutil.wait_procs(gone, 20)  # before the last one is
+            assert not alive
+            assert psutil.pid_exists(workers.places[1][1])
+        finally:
+            [process.kill() for process in gone if process.is_running()]
 
 
 def test_an_exception_in_a_worker_reaches_the_master():
@@ -218,6 +227,22 @@ def test_an_exception_in_a_worker_reaches_the_master():
 
     with workers_of(load) as workers, pytest.raises(cluster.ClusterError, match=r"did not come up.*(?s:.*)no shard \d here"):
         train(workers)
+
+
+def test_a_loader_that_cannot_be_pickled_leaves_no_session_open(monkeypatch):
+    closed, lock = [], threading.Lock()
+
+    @contextmanager
+    def opened(address):
+        try:
+            yield
+        finally:
+            closed.append(address)
+
+    monkeypatch.setattr(ray_transport, "session", opened)
+    with pytest.raises(TypeError, match="serialize"), workers_of(lambda worker: lock):
+        pass
+    assert closed == [None]
 
 
 def test_addresses_are_refused_that_cannot_be_meant():

@@ -27,7 +27,7 @@ from bilevel_jax.distributed.worker import (
     Round,
     State,
     Worked,
-    fits,
+    check_answer,
     numbers,
 )
 from bilevel_jax.results import Result, all_finite
@@ -359,7 +359,7 @@ class Run:
             self._take_answer(i, event)
 
     def _take_answer(self, i: int, answer: Answer) -> None:
-        body, kind, method = answer.body, self.expects[i], self.method
+        body, kind = answer.body, self.expects[i]
         if isinstance(body, Failed):
             self._lose(i, body.traceback, broken=True)
         elif isinstance(body, Blank):
@@ -368,13 +368,8 @@ class Run:
                 self.up[i] = True
                 self._bring_up(i)
         elif kind is not None and answer.number == self.number[i]:
-            sizes = {"outer": method.outer_size, "inner": method.inner_size}
-            sizes |= {"hessian": method.inner_size, "cross": method.outer_size}
-            name = f"answer of worker {i}"
             try:
-                if not isinstance(body, kind):
-                    raise ValueError(f"{name}: got {type(body).__name__}, expected {kind.__name__}")
-                fits(f"{name}: {kind.__name__}", body, {field: (sizes[field],) for field in body._fields}, method.dtype)
+                check_answer(i, body, kind, self.method)
             except ValueError as error:
                 raise ClusterError(str(error)) from error
             if not all(np.isfinite(part).all() for part in body):

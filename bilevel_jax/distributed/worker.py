@@ -141,6 +141,15 @@ def fits(name: str, body: Any, shapes: dict[str, tuple[int, ...]], dtype: Any) -
             raise ValueError(f"{name}.{field}: got {found}, expected {expected}")
 
 
+def check_answer(worker: int, body: Any, kind: Any, method: Adbo) -> None:
+    """Raise ValueError unless an answer of this worker is of this kind, and fits."""
+    sizes = {"outer": method.outer_size, "inner": method.inner_size, "hessian": method.inner_size, "cross": method.outer_size}
+    name = f"answer of worker {worker}"
+    if not isinstance(body, kind):
+        raise ValueError(f"{name}: got {type(body).__name__}, expected {kind.__name__}")
+    fits(f"{name}: {kind.__name__}", body, {field: (sizes[field],) for field in body._fields}, method.dtype)
+
+
 @lru_cache(maxsize=4)
 def _compiled(method: Adbo, sampler: Sampler) -> tuple[Callable, Callable, Callable]:
     """A worker's functions of its data and its key; workers of one process share them."""
