@@ -9,12 +9,9 @@ A `bilevel_jax.stream` is saved and taken up by hand, with `manager`, `save` and
 Needs orbax: ``pip install 'bilevel-jax[checkpoints]'``.
 """
 
-import csv
 import hashlib
-import io
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax import checks
+from bilevel_jax.history import History, numbers, write
 from bilevel_jax.loop import Carry, Metrics, begin, resume, row_of
 from bilevel_jax.results import frozen
 from bilevel_jax.samplers import Sampler
@@ -140,7 +138,7 @@ def run_long(
             first = jax.device_get(jax.jit(row_at)(carry, data))
             history.begin(first)
             if report is not None:
-                report(Progress(0, steps, _numbers(first), math.nan))
+                report(Progress(0, steps, numbers(first), math.nan))
         if done < steps and not bool(frozen(carry.state)):
             carry = _drive(program.compile(), carry, data, saved, history, report, range(done, steps, every), save_every)
     return carry, history.columns()
@@ -151,7 +149,7 @@ def _drive(
     carry: Carry,
     data: Levels,
     saved: Any,
-    history: "History",
+    history: History,
     report: Callable[[Progress], None] | None,
     starts: range,
     save_every: int,
@@ -177,7 +175,7 @@ def _drive(
             save(saved, step, due)
         if report is not None:
             pace = (time.monotonic() - began) / (step - starts.start)
-            report(Progress(step, steps, _numbers(row), pace * (steps - step)))
+            report(Progress(step, steps, numbers(row), pace * (steps - step)))
         if stopped and due is not None:
             return due
     return carry
@@ -196,60 +194,6 @@ def ahead(advance: Callable[[Any, Any], tuple[Any, Any]], carry: Any, turns: Seq
             yield carry, waiting.pop(0)
     for out in waiting:
         yield carry, out
-
-
-class History:
-    """Rows in a csv file: whole after any kill, as a row is one write, and a line that was cut off is dropped."""
-
-    def __init__(self, path: Path, shapes: dict[str, Any]) -> None:
-        """Of rows of scalars with these names and dtypes."""
-        names = ["step", *(name for name in shapes if name != "step")]
-        self.path, self.dtypes = path, {name: np.dtype(shapes[name].dtype) for name in names}
-        for name, dtype in self.dtypes.items():
-            if not (isinstance(name, str) and name.isprintable()):
-                raise ValueError(f"metrics: got the name {name!r}, expected one of printable characters, on one line")
-            if jnp.issubdtype(dtype, jnp.complexfloating):
-                raise ValueError(f"metrics: got {name!r} of dtype {dtype}, expected a real number")
-
-    def take_up(self, step: int, every: int) -> bool:
-        """Drop the rows after a step, to be computed again; False if there is no file."""
-        if not self.path.exists():
-            return False
-        lines, count = self.path.read_text().splitlines(keepends=True), 2 + step // every
-        if len(lines) < count or lines[count - 1].rstrip("\n").split(",")[0] != str(step):
-            raise ValueError(f"folder: got {self.path} of {len(lines)} lines, expected the rows of a run up to step {step}")
-        _write(self.path, "".join(lines[:count]))
-        return True
-
-    def begin(self, row: dict[str, np.ndarray]) -> None:
-        """Make the file, with its first row."""
-        head = io.StringIO()
-        csv.writer(head, lineterminator="\n").writerow(self.dtypes)  # names may hold commas
-        _write(self.path, head.getvalue() + self._line(row))
-
-    def add(self, row: dict[str, np.ndarray]) -> None:
-        """Write a row."""
-        with self.path.open("a") as file:
-            file.write(self._line(row))
-
-    def sync(self) -> None:
-        """Make the rows as durable as the checkpoint that counts on them."""
-        with self.path.open("a") as file:
-            os.fsync(file.fileno())
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """All rows, one array a name."""
-        with self.path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        return {name: np.array([float(row[name]) for row in rows]).astype(dtype) for name, dtype in self.dtypes.items()}
-
-    def _line(self, row: dict[str, np.ndarray]) -> str:
-        numbers = _numbers(row)  # as Python writes them, which loses no digit
-        return ",".join(repr(numbers[name]) for name in self.dtypes) + "\n"
-
-
-def _numbers(row: dict[str, np.ndarray]) -> dict[str, float]:
-    return {name: int(value) if np.issubdtype(value.dtype, np.bool_) else value.item() for name, value in row.items()}
 
 
 @contextmanager
@@ -366,7 +310,7 @@ def _claimed(folder: Path, facts: dict[str, Any]) -> Iterator[None]:
                 raise ValueError(wrong) from None
         _refuse(folder, facts)  # as another process may have begun one since
         if not (folder / "run.json").exists():
-            _write(folder / "run.json", json.dumps(facts, indent=2) + "\n")
+            write(folder / "run.json", json.dumps(facts, indent=2) + "\n")
         yield
 
 
@@ -417,13 +361,3 @@ def _difference(name: str, before: Any, now: Any) -> str:
 
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
