@@ -200,6 +200,7 @@ def test_random_cells():
     assert all(node[0].source < node[1].source < n + 2 for cells in drawn for n, node in enumerate(cells.normal))
 
 
+@pytest.mark.slow
 def test_random_cells_of_a_size():
     budget = network.parameters(Network(SHAPE, CHOSEN, affine=True))
     chosen = genotype.of_size([budget, budget], rng=np.random.default_rng(0), shape=SHAPE, operations=FEW, draws=12)
@@ -316,6 +317,7 @@ def made_images(monkeypatch):
         yield
 
 
+@pytest.mark.slow
 def test_experiment_and_resume(made_images, monkeypatch, tmp_path):
     """A run that is interrupted in its search, and goes on, ends as one that is not."""
     monkeypatch.setattr(experiment, "SAVE_EVERY", 0.0)

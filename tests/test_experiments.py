@@ -106,6 +106,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, monkey
     pd.testing.assert_frame_equal(rows(out), rows(finished), check_exact=True)
 
 
+@pytest.mark.slow
 def test_resume_without_checkpoint_starts_the_solver_again(finished, tmp_path, monkeypatch):
     out = tmp_path / "run"
     add, calls = harness.Store.add, []
@@ -210,6 +211,7 @@ def test_every_method_builds():
     assert set(get_args(Name)) == set(METHODS)
 
 
+@pytest.mark.slow
 def test_settings_of_the_thesis(tmp_path):
     """Stochastic and deterministic solvers in one comparison: own batches and lanes, calls as they were spent."""
     names = ("stocbio", "hoag")
@@ -253,6 +255,7 @@ def test_f1_of_the_start_and_of_the_truth():
     assert float(data_cleaning.f1(jnp.where(corrupted, -1.0, 1.0), corrupted)) == 1.0
 
 
+@pytest.mark.slow
 def test_meha_setting(tmp_path, monkeypatch):
     """Two draws differ, cleaning is better than none, and a run goes on at the draw where it was left."""
     monkeypatch.setattr(harness.Store, "draw", lambda *args: None)  # only the figure over all draws: figures are slow

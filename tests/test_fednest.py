@@ -274,6 +274,7 @@ def test_runs_are_jitted_mapped_and_resumed(q):
     check_same(in_two(jax.random.key(1)).state, whole.state, tol=1e-14)
 
 
+@pytest.mark.slow
 def test_rates_may_be_traced_and_scheduled(q):
     make = partial(fednest, q.problem, local_steps=2, neumann_terms=3, fresh=False)
     batches = draws(make(**RATES), split(q), 2)

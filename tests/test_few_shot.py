@@ -288,6 +288,7 @@ def test_held_draws():
     assert held(sampler, 1) is sampler
 
 
+@pytest.mark.slow
 def test_meha_restarts_its_heads(learner):
     model, loss, source, _ = learner
     method = build("meha", loss, model, small("meha"), inner_steps=2)
@@ -321,6 +322,7 @@ def rows(out):
 
 
 @pytest.mark.usefixtures("as_users_run")
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     few_shot.main(config(whole, solvers=("anil", "meha")))

@@ -75,6 +75,7 @@ def test_floor_of_unrolled_methods(count):
     assert found == pytest.approx(rate_claims.floor(q, lambda a: 1 - (1 - a) ** count), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_calls_are_counted_on_samples():
     """Four calls an update of one sample; full passes and full batches count all the samples they read."""
     q = small()

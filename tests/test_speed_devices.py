@@ -51,6 +51,7 @@ def test_floors_are_the_solvers(name, kind):
         assert np.abs(a - before).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_floor_of_maml_is_maml():
     entries = device_cases.maml(devices.QUICK.tasks)
     ends = {name: entry.program.call(entry.program.carry) for name, entry in entries.items()}

@@ -55,6 +55,7 @@ def system(case):
     return jax.hessian(g)(z, x), jax.grad(lambda z: f(z, x, data.outer).mean())(z), jax.jacobian(slope, 1)(z, x), slope(z, x)
 
 
+@pytest.mark.slow
 def test_reference_is_the_hypergradient(logistic):
     hessian, fz, cross, slope = system(logistic)
     assert np.abs(slope).max() < 1e-12
