@@ -142,6 +142,7 @@ def chosen_parameters(z, cells, nodes):
     return {"params": kept}
 
 
+@pytest.mark.slow
 def test_supernet_with_one_hot_logits_is_the_discrete_network():
     whole, part = search.supernet(SHAPE, FEW), Network(SHAPE, CHOSEN, affine=False)
     batch = images((4, 8, 8, 3))
@@ -223,6 +224,7 @@ def toy():
     return problem, Levels(images((8, 4)), images((8, 4), 1)), Vars(inner=images((4,), 4), outer=x)
 
 
+@pytest.mark.slow
 def test_lookahead_is_the_gradient_after_a_step():
     problem, data, start = toy()
     g, f = (lambda z, x, rows, loss=loss: loss(z, x, rows).mean() for loss in problem)

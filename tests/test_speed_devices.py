@@ -76,6 +76,7 @@ def test_counts_are_those_of_xla_where_it_can_count():
     assert work.bytes == 4 * (6 * 128 * 128 + 2 * (2 * 128 * 64 + 512))
 
 
+@pytest.mark.slow
 def test_counts_by_hand():
     work = {}
     for name in ("soba", "saba", "srba", "aid_cg"):
