@@ -141,6 +141,7 @@ def first_code(*cases: tuple[Array, Any], default: Any = Result.SUCCESSFUL) -> A
 
 
 def dot(a: Array, b: Array) -> Array:
+    """``a'b`` at the full precision of the dtype."""
     return jnp.vdot(a, b, precision=lax.Precision.HIGHEST)
 
 
@@ -158,10 +159,12 @@ def norm(a: Array) -> Array:
 
 
 def cast(value: Any, like: Array) -> Array:
+    """A number in the dtype of an array."""
     return jnp.asarray(value, like.dtype)
 
 
 def select(condition: Array, a: Any, b: Any) -> Any:
+    """``a`` where the condition holds, else ``b``, leaf by leaf."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 

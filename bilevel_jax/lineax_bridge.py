@@ -71,6 +71,7 @@ def from_lineax(solver: Any, *, positive_definite: bool = False, damping: Any = 
 
 
 def import_lineax(why: str) -> Any:
+    """The module lineax; ImportError that says what needs it, if it is not installed."""
     try:
         return importlib.import_module("lineax")
     except ImportError as error:

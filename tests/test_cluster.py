@@ -69,7 +69,7 @@ class Virtual:
     """Workers whose answers take the time that the virtual clock gives them; losses happen when it says."""
 
     def __init__(self, method, machines, seed=0):
-        self.durations = [simulate._durations(machines, N, 500, seed, kind) for kind in (0, 1)]
+        self.durations = [simulate.durations(machines, N, 500, seed, kind) for kind in (0, 1)]
         self.build = lambda worker: Site(method, SAMPLER, load, KEY, worker)
         self.sites, self.now, self.queue = {}, 0.0, []
         self.done, self.life, self.restarts = np.zeros((2, N), int), [0] * N, []

@@ -81,17 +81,17 @@ def test_ties_go_by_the_index_of_the_worker(method):
 def test_delays_are_functions_of_seed_worker_and_number():
     few, many = (simulate.barriers(RANDOM, N, rounds, seed=3) for rounds in (10, 1000))
     np.testing.assert_array_equal(few, many[:10])
-    more = simulate._durations(RANDOM, N + 1, 10, 3, 0)
-    np.testing.assert_array_equal(more[:N], simulate._durations(RANDOM, N, 10, 3, 0))
+    more = simulate.durations(RANDOM, N + 1, 10, 3, 0)
+    np.testing.assert_array_equal(more[:N], simulate.durations(RANDOM, N, 10, 3, 0))
     assert (simulate.barriers(RANDOM, N, 10, seed=4) != few).all()
     slow = Cluster(log_normal(1.0), 0.1, slowdown=4.0)
     np.testing.assert_allclose(simulate.barriers(slow, N, 10, seed=3), 4 * few)
     # the published delays: median 30 ms, mean 49.5; the mean wait for the slowest of 18, 217 ms
-    delays = simulate._durations(Cluster(log_normal(0.03)), 18, 20_000, 0, 0)
+    delays = simulate.durations(Cluster(log_normal(0.03)), 18, 20_000, 0, 0)
     assert abs(np.median(delays) - 0.030) < 0.0005
     assert abs(delays.max(0).mean() - 0.217) < 0.004
     assert abs(np.sort(delays, 0)[8].mean() - 0.029) < 0.001
-    tail = simulate._durations(Cluster(pareto(1.0, 1.5)), 2, 100_000, 0, 0)
+    tail = simulate.durations(Cluster(pareto(1.0, 1.5)), 2, 100_000, 0, 0)
     assert tail.min() >= 1
     assert abs((tail > 10).mean() - 10**-1.5) < 2e-3
 

@@ -33,24 +33,10 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel_jax import checks
 from bilevel_jax.distributed.cuts import Cuts, add, drop_idle, rows, values
+from bilevel_jax.distributed.rates import Rates, damping, filled
 from bilevel_jax.optimisers import value_at
 from bilevel_jax.oracles import losses
 from bilevel_jax.types import Array, Batch, Problem, Schedule, Vars
-
-
-class Rates(NamedTuple):
-    """Step sizes: positive numbers, or functions of the master's iteration.  The estimate's are those of the inner
-    variables where they are None."""
-
-    outer: Schedule  # of a worker
-    inner: Schedule
-    consensus_outer: Schedule  # of the master
-    consensus_inner: Schedule
-    cut: Schedule  # ascent in the cut multipliers
-    consensus: Schedule  # ascent in the consensus multipliers
-    estimate_inner: Schedule | None = None
-    estimate_consensus: Schedule | None = None
-    estimate_multiplier: Schedule | None = None
 
 
 class Worker(NamedTuple):
@@ -109,17 +95,6 @@ class Adbo(NamedTuple):
     inner_size: int
     outer_size: int
     dtype: Any
-
-
-def damping(rate: Schedule, floor: float = 1e-3) -> Callable[[Array], Any]:
-    """The schedule ``max(1 / (rate (t + 1)^(1/4)), floor)`` of the theory, for the multipliers that ascend with ``rate``.
-
-    Example:
-        >>> [round(float(damping(0.1)(jnp.int32(t))), 3) for t in (0, 15)]
-        [10.0, 5.0]
-    """
-    checks.positive("rate", rate, schedule=True)
-    return lambda t: jnp.maximum(1 / (value_at(rate, t) * (t + 1.0) ** 0.25), floor)
 
 
 def adbo(
@@ -221,15 +196,7 @@ def adbo(
     cut_period, K = checks.positive_int("cut_period", cut_period), checks.positive_int("estimate_rounds", estimate_rounds)
     last_cut = 2**31 - 1 if last_cut is None else checks.positive_int("last_cut", last_cut, 0)
     checks.positive("penalty", penalty)
-    if not isinstance(rates, Rates):
-        raise TypeError(f"rates: got {type(rates).__name__}, expected Rates(outer=..., inner=..., ...)")
-    rates = rates._replace(
-        estimate_inner=rates.inner if rates.estimate_inner is None else rates.estimate_inner,
-        estimate_consensus=rates.consensus_inner if rates.estimate_consensus is None else rates.estimate_consensus,
-        estimate_multiplier=rates.inner if rates.estimate_multiplier is None else rates.estimate_multiplier,
-    )
-    for name, rate in rates._asdict().items():
-        checks.positive(f"rates.{name}", rate, schedule=True)
+    rates = filled(rates)
     cut_damping = damping(rates.cut) if cut_damping is None else cut_damping
     consensus_damping = damping(rates.consensus) if consensus_damping is None else consensus_damping
     for name, value in (("cut_damping", cut_damping), ("consensus_damping", consensus_damping)):

@@ -5,7 +5,6 @@ worker), and `simulate` runs the numerics of the whole run as one compiled progr
 worker i takes the same time whatever happens before it: methods that are compared meet the same delays.
 """
 
-import heapq
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from jax import lax
 from bilevel_jax import checks
 from bilevel_jax.distributed import adbo
 from bilevel_jax.distributed.adbo import Adbo, Master, Worker
+from bilevel_jax.distributed.clock import Clock
 from bilevel_jax.results import Result, all_finite
 from bilevel_jax.samplers import Sampler
 from bilevel_jax.types import Array, Batch, Levels, Vars
@@ -147,7 +147,9 @@ def schedule(
         raise ValueError(f"quorum: got {quorum}, expected at most n_workers = {N}")
     if on_lost not in ("wait", "restore", "evict"):
         raise ValueError(f"on_lost: got {on_lost!r}, expected 'wait', 'restore' or 'evict'")
-    clock = _Clock(cluster, N, (steps + 1, 2 * method.estimate_rounds * (steps // period)), on_lost == "evict", seed)
+    counts = steps + 1, 2 * method.estimate_rounds * (steps // period)
+    seconds = [durations(cluster, N, count, seed, kind) for kind, count in enumerate(counts)]
+    clock = Clock(seconds, cluster.failures, on_lost == "evict")
     rows, ends = [], []
     clock.send(np.ones(N, bool))
     for t in range(steps):
@@ -179,7 +181,7 @@ def barriers(cluster: Cluster, n_workers: int, rounds: int, *, seed: int = 0) ->
     """
     checks.positive_int("n_workers", n_workers)
     checks.positive_int("rounds", rounds)
-    return _durations(cluster, n_workers, rounds, seed, 0).max(0).cumsum()
+    return durations(cluster, n_workers, rounds, seed, 0).max(0).cumsum()
 
 
 def simulate(
@@ -312,110 +314,7 @@ def traffic(method: Adbo, plan: Schedule, made: Any) -> Traffic:
     return Traffic(np.cumsum(up), np.cumsum(down))
 
 
-_ANSWER, _LOST, _BACK = range(3)
-_WORK, _ROUND = range(2)
-
-
-class _Clock:
-    """One queue of events, ordered by time, then worker, then kind."""
-
-    def __init__(self, cluster: Cluster, n_workers: int, counts: tuple[int, int], evict: bool, seed: int) -> None:
-        self.durations = [_durations(cluster, n_workers, count, seed, kind) for kind, count in enumerate(counts)]
-        self.now, self.evict, self.blocked = 0.0, evict, -1
-        self.alive, self.up = np.ones(n_workers, bool), np.ones(n_workers, bool)
-        self.age = np.ones(n_workers, np.int32)
-        self.arrived, self.fresh, self.waited_for = (np.zeros(n_workers, bool) for _ in range(3))
-        self.task, self.stamp = np.zeros(n_workers, int), np.zeros(n_workers, int)
-        self.done = np.zeros((2, n_workers), int)  # answers of each kind so far
-        self.queue: list[tuple] = []
-        until = np.zeros(n_workers)
-        for failure in sorted(cluster.failures, key=lambda failure: failure.at):
-            worker, at, back = failure
-            if not 0 <= worker < n_workers or not 0 <= at < back or at < until[worker]:
-                raise ValueError(
-                    f"cluster.failures: got {failure}, expected a worker below {n_workers}, 0 <= at < back, and one at a time"
-                )
-            until[worker] = back
-            heapq.heappush(self.queue, (at, worker, _LOST, 0))
-            if np.isfinite(back):
-                heapq.heappush(self.queue, (back, worker, _BACK, 0))
-
-    def send(self, to: np.ndarray, task: int = _WORK) -> None:
-        """Give workers something to do, now."""
-        for i in np.flatnonzero(to & self.alive):
-            self.waited_for[i], self.task[i] = True, task
-            if self.up[i]:
-                self._begin(i)
-
-    def _begin(self, i: Any) -> None:
-        task = self.task[i]
-        heapq.heappush(self.queue, (self.now + self.durations[task][i, self.done[task, i]], int(i), _ANSWER, self.stamp[i]))
-
-    def _next(self) -> bool:
-        """Let the next event happen; false if there is none, and the master waits in vain."""
-        if not self.queue or not self.alive.any():
-            late = np.where(self.alive & self.waited_for, self.age, -1)
-            self.blocked = int(late.argmax()) if self.alive.any() else len(late)
-            return False
-        now, i, kind, stamp = heapq.heappop(self.queue)
-        if kind == _ANSWER and stamp != self.stamp[i]:
-            return True  # of a worker that was lost meanwhile
-        self.now = max(now, self.now)
-        if kind == _ANSWER:
-            self.waited_for[i] = False
-            self.done[self.task[i], i] += 1
-            if self.task[i] == _WORK:
-                self.arrived[i], self.fresh[i], self.age[i] = True, True, 0
-        elif kind == _LOST:
-            self.up[i] = False
-            self.stamp[i] += 1
-            if self.evict:
-                self.alive[i] = self.waited_for[i] = self.arrived[i] = self.fresh[i] = False
-        elif self.alive[i]:
-            self.up[i] = True
-            if self.waited_for[i]:
-                self._begin(i)
-        return True
-
-    def wait(self, quorum: int, max_staleness: int) -> np.ndarray | None:
-        """Until the master may go on: those of the workers that answered whose answers are new; None if it never may."""
-        while (
-            not self.alive.any()
-            or self.arrived.sum() < min(quorum, self.alive.sum())
-            or self.age[self.alive].max() >= max_staleness
-        ):
-            if not self._next():
-                return None
-        return self.fresh.copy()
-
-    def proceed(self) -> np.ndarray:
-        """An iteration of the master: the workers whose answers it took."""
-        answered = self.arrived.copy()
-        self.arrived[:] = self.fresh[:] = False
-        self.age += 1
-        return answered
-
-    def barrier(self, rounds: int) -> np.ndarray | None:
-        """Let answers under way come in, and all workers answer ``rounds`` times: the workers of the former."""
-        if not self._all():
-            return None
-        drained = self.fresh.copy()
-        self.fresh[:] = False
-        for _ in range(rounds):
-            self.send(self.alive, _ROUND)
-            if not self._all():
-                return None
-        return drained
-
-    def _all(self) -> bool:
-        """Until nothing is waited for; false if that will never be."""
-        while self.waited_for.any():
-            if not self._next():
-                return False
-        return bool(self.alive.any())
-
-
-def _durations(cluster: Cluster, n_workers: int, count: int, seed: int, kind: int) -> np.ndarray:
+def durations(cluster: Cluster, n_workers: int, count: int, seed: int, kind: int) -> np.ndarray:
     """Seconds of the first answers of each worker, ``[N, count]``; a pure function of (seed, worker, kind, number)."""
     slowdown = np.asarray(cluster.slowdown, float)
     if slowdown.ndim and slowdown.shape != (n_workers,):

@@ -105,5 +105,5 @@ def slept(machines: simulate.Cluster, n_workers: int, count: int, *, seed: int =
     """
     checks.positive_int("n_workers", n_workers)
     checks.positive_int("count", count)
-    seconds = simulate._durations(machines._replace(compute=0.0), n_workers, count, seed, 0)
+    seconds = simulate.durations(machines._replace(compute=0.0), n_workers, count, seed, 0)
     return lambda worker, n: float(seconds[worker, n % count])
