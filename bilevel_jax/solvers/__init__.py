@@ -2,7 +2,8 @@
 
 from bilevel_jax.solvers.accelerated import accbio, accbio_bg
 from bilevel_jax.solvers.double_loop import aid_bio, amigo, ba, bsa, hoag, stocbio, ttsa
-from bilevel_jax.solvers.first_order import bome, bvfim, bvfsm, f2ba, f2sa, f2sa_p, fdehbo, hjfbio, meha, pbgd
+from bilevel_jax.solvers.finite_difference import fdehbo, hjfbio
+from bilevel_jax.solvers.first_order import bome, bvfim, bvfsm, f2ba, f2sa, f2sa_p, meha, pbgd
 from bilevel_jax.solvers.meta import anil, fomaml, imaml, maml, reptile
 from bilevel_jax.solvers.recursive import mrbo, stable, sustain, vrbo
 from bilevel_jax.solvers.single_loop import fsla, ma_soba, saba, sl_bamm, soba, spaba, srba, storm_soba
