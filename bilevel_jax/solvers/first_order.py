@@ -66,6 +66,7 @@ def meha(
     takes a draw of its own.  The authors' public code multiplies f by c_k instead, among other differences: not followed.
 
     Example:
+        >>> import optax
         >>> from bilevel_jax import run, samplers, testing
         >>> q = testing.quadratic(jax.random.key(0))
         >>> solver = meha(q.problem, Vars(*map(optax.sgd, (0.5, 0.3, 0.2))), gamma=1.0, c_low=100.0, p=0.2)
@@ -122,6 +123,7 @@ def f2sa(
     2301.10945, Algorithm 1.  Their F3SA is a sweep of the same two stages with ``estimator=storm(...)``.
 
     Example:
+        >>> import optax
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> f2sa(problem, Vars(*map(optax.sgd, (0.1, 0.1, 0.1)))).cost.draw.inner_gradient
         22.0
@@ -148,6 +150,7 @@ def f2ba(problem: Problem, opts: Vars, *, multiplier: float = 100.0, inner_steps
     JMLR 2025, arXiv 2306.14853, Algorithm 1.
 
     Example:
+        >>> import optax
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> f2ba(problem, Vars(*map(optax.sgd, (0.1, 0.1, 0.1)))).draws
         2
@@ -185,6 +188,7 @@ def f2sa_p(problem: Problem, opts: Vars, *, multiplier: Schedule = 100.0, order:
     arXiv 2509.02937.  The released code also normalises the direction of x, and starts all y_k at their mean: not followed.
 
     Example:
+        >>> import optax
         >>> from bilevel_jax import run, samplers, testing
         >>> q = testing.quadratic(jax.random.key(0))
         >>> solver = f2sa_p(q.problem, Vars(inner=optax.sgd(0.9), outer=optax.sgd(0.1)), inner_steps=20)
@@ -228,6 +232,7 @@ def bome(problem: Problem, opts: Vars, *, inner_steps: int = 10, eta: float = 0.
     arXiv 2209.08709, Algorithm 1.
 
     Example:
+        >>> import optax
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> bome(problem, Vars(*map(optax.sgd, (0.1, 0.1, 0.1)))).cost.draw.inner_gradient
         12.0
@@ -255,6 +260,7 @@ def pbgd(problem: Problem, opts: Vars, *, multiplier: Schedule = 10.0, inner_ste
     Reference: Shen, Chen, "On penalty-based bilevel gradient descent method", ICML 2023, arXiv 2302.05185.
 
     Example:
+        >>> import optax
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> pbgd(problem, Vars(*map(optax.sgd, (0.1, 0.1, 0.1)))).draws
         2
@@ -310,6 +316,7 @@ def bvfim(
     tangent beyond the boundary.
 
     Example:
+        >>> import optax
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> bvfim(problem, Vars(*map(optax.sgd, (0.1, 0.1, 0.1)))).cost.draw.inner_gradient
         32.0
@@ -337,6 +344,7 @@ def bvfsm(
     2023, arXiv 2110.04974.  Its other penalties are one function each: see `bilevel_jax.value_oracles.value_function`.
 
     Example:
+        >>> import optax
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
         >>> bvfsm(problem, Vars(*map(optax.sgd, (0.1, 0.1, 0.1)))).draws
         3
