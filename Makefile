@@ -4,10 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= results/demo
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo figures docs test test-slow lint format clean
 
 demo: $(VENV)/experiments.stamp  ## select the hyperparameters of a logistic regression, and write a figure
 	$(BIN)/python -m experiments.hyperparameter_selection --dataset breast_cancer --out $(OUT) --overwrite
+
+figures: $(VENV)/experiments.stamp  ## every figure at the size of a laptop; goes on where it was stopped
+	$(BIN)/python -m experiments.reproduce --out results/figures
+
+docs: $(VENV)/docs.stamp  ## the documentation site, in results/site
+	$(BIN)/mkdocs build --quiet --strict --site-dir results/site
 
 test: $(VENV)/test.stamp  ## all tests but the slow ones, file by file on two processes of about 4 GB each
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
@@ -27,7 +33,7 @@ format: $(VENV)/lint.stamp
 clean:
 	rm -rf $(VENV) results .pytest_cache .ruff_cache
 
-# One stamp per extra: experiments < test < lint, each installed only when it is asked for.
+# One stamp per extra: experiments < test < lint, and docs < lint, each installed only when it is asked for.
 $(VENV)/%.stamp: pyproject.toml | $(BIN)/python
 	if command -v uv >/dev/null 2>&1; then \
 		uv pip install --quiet --python $(BIN)/python --editable '.[$*]'; \
