@@ -26,14 +26,12 @@ def in_bfloat16(problem: Problem) -> Problem:
     of the shipped quadratic and of a logistic regression with one weight a feature, 1,000 rows each; those of the
     hypergradient are of `bilevel_jax.linear_solve.cg` at the exact z*:
 
-    ==================================  ======  ======  ======  =============
-    problem, condition of d2_zz g         Dz      Dv      Dx    hypergradient
-    ==================================  ======  ======  ======  =============
-    quadratic, 5                         0.001   0.002   0.001      0.003
-    quadratic, 100                       0.001   0.002   0.001      0.003
-    logistic regression, 1.1             0.014   0.017   0.016      0.004
-    logistic regression, 5.6             0.002   0.010   0.016      0.012
-    ==================================  ======  ======  ======  =============
+    | problem, condition of d2_zz g | Dz | Dv | Dx | hypergradient |
+    |---|---|---|---|---|
+    | quadratic, 5 | 0.001 | 0.002 | 0.001 | 0.003 |
+    | quadratic, 100 | 0.001 | 0.002 | 0.001 | 0.003 |
+    | logistic regression, 1.1 | 0.014 | 0.017 | 0.016 | 0.004 |
+    | logistic regression, 5.6 | 0.002 | 0.010 | 0.016 | 0.012 |
 
     Conjugate gradients end with the code STAGNATION, at a residual of 0.2 to 3 % of the right-hand side: in bfloat16 the
     products are symmetric to rounding only.

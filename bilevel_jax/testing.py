@@ -213,7 +213,8 @@ def convex_worst_case(
     Args:
         outer_smoothness: Lx, that of f in x.
         radius: norm of x*.
-        others, Raises, Cost, Reference: as for `worst_case`.
+
+    Other arguments, Raises, Cost, Reference: as for `worst_case`.
 
     Example:
         >>> convex_worst_case(4, radius=2.0).solution.outer.round(4).tolist()

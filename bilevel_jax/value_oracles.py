@@ -3,15 +3,13 @@
 The constraint "z minimises g(., x)" becomes a bound on ``g(y, x) - min g(., x)``, or on its difference to a Moreau envelope,
 that enters with a multiplier.  A second inner iterate stands in ``vars.aux``:
 
-===================  ===============================  ==================================================
-oracle               ``vars.inner``                   ``vars.aux``
-===================  ===============================  ==================================================
-`penalty`            z, near argmin g                 y, near argmin g + f / multiplier
-`differences`        (not used)                       y_k, near argmin g + s_k f, leaves [nodes, ...]
-`barrier`            w, near argmin g                 y, moved along with x
-`value_function`     z, near argmin g + |z|^2 mu / 2  y, near argmin of f and the constraint's term
-`moreau`             z, moved along with x            theta, near the proximal point of z
-===================  ===============================  ==================================================
+| oracle | ``vars.inner`` | ``vars.aux`` |
+|---|---|---|
+| `penalty` | z, near argmin g | y, near argmin g + f / multiplier |
+| `differences` | (not used) | y_k, near argmin g + s_k f, leaves [nodes, ...] |
+| `barrier` | w, near argmin g | y, moved along with x |
+| `value_function` | z, near argmin g + mu z'z / 2 | y, near argmin of f and the constraint's term |
+| `moreau` | z, moved along with x | theta, near the proximal point of z |
 """
 
 import warnings

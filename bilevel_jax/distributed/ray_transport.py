@@ -88,14 +88,12 @@ class RayWorkers:
 
     Workers compute on CPUs, with the precision (``jax_enable_x64``) of this process.
 
-    Raises:
-        As `session`.
+    Raises: as `session`.
 
-    Example:
-        ::
+    In a program::
 
-            with RayWorkers(method, samplers.full(), load, jax.random.key(0)) as workers:
-                master, history = cluster.train(method, workers, steps=2000, quorum=9, max_staleness=15, checkpoint="run")
+        with RayWorkers(method, samplers.full(), load, jax.random.key(0)) as workers:
+            master, history = cluster.train(method, workers, steps=2000, quorum=9, max_staleness=15, checkpoint="run")
     """
 
     def __init__(

@@ -116,8 +116,7 @@ def schedule(
         quorum: S; with ``n_workers`` the method is synchronous (SDBO).
         max_staleness: tau.
         on_lost: ``"wait"`` or ``"restore"``: wait for a lost worker, once it is tau iterations old (here they are the same: it
-        is
-            back when its `Failure` says so); ``"evict"``: go on without it for good.
+            is back when its `Failure` says so); ``"evict"``: go on without it for good.
         seed: of the delays.
 
     Returns:
@@ -125,7 +124,7 @@ def schedule(
 
     Raises:
         TypeError, ValueError: for counts that are not positive ints, a quorum above N, a slowdown or a failure that fits no
-        worker.
+            worker.
 
     Cost: none of the oracle; some 10 microseconds of the host an answer.
 
