@@ -41,11 +41,16 @@ def _comments(here: Object) -> None:
             continue
         text = _comment(member)  # type: ignore[arg-type]
         if isinstance(here, Class) and not member.has_docstring:
-            rows.append(f"    {name}: {text}")
+            rows.append(f"    {name}: {text or _number(member)}")
         elif text and not member.has_docstring:
             member.docstring = Docstring(text, parent=member)  # type: ignore[arg-type]
     if rows and here.docstring:
         here.docstring.value += "\n\nAttributes:\n" + "\n".join(rows)
+
+
+def _number(member: Any) -> str:
+    """The number of a member of an enumeration."""
+    return f"``{member.value}``" if str(member.value).isdigit() else ""
 
 
 def _comment(attribute: Object) -> str:
