@@ -4,7 +4,12 @@ Read by `experiments.reproduce`, which runs the commands, by `experiments.galler
 `experiments.claims`, which takes the commands of its results from here.
 """
 
-from typing import NamedTuple
+import importlib
+import shlex
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import tyro
 
 SABA = "Dagréou, Ablin, Vaiter, Moreau, 2022, arXiv 2201.13409"
 STOCBIO = "Ji, Yang, Liang, 2021, arXiv 2010.07962"
@@ -28,6 +33,8 @@ class Figure(NamedTuple):
     paper: str  # of the comparison; empty where it is of this library alone
     command: str  # after ``python -m``: as reported in the READMEs
     laptop: str  # the same comparison in less time; empty where `experiments.reproduce` leaves it out
+    minutes: float  # that the command takes, on two busy cores
+    seconds: float  # of processor time that the laptop command takes
     drawn: bool = True  # whether there is a picture
 
 
@@ -40,6 +47,8 @@ FIGURES = (
         SABA,
         "experiments.hyperparameter_selection --dataset breast_cancer",
         "experiments.hyperparameter_selection --dataset breast_cancer",
+        minutes=0.5,
+        seconds=20,
     ),
     Figure(
         "ijcnn1",
@@ -48,6 +57,8 @@ FIGURES = (
         SABA,
         "experiments.hyperparameter_selection --dataset ijcnn1 --solvers soba ma_soba saba srba --seeds 10",
         "experiments.hyperparameter_selection --dataset ijcnn1 --solvers soba ma_soba saba srba --seeds 2",
+        minutes=14,
+        seconds=90,
     ),
     Figure(
         "mnist_cleaning",
@@ -56,6 +67,8 @@ FIGURES = (
         SABA,
         "experiments.data_cleaning --dataset mnist --corruption 0.5 --solvers soba ma_soba saba srba fsla --seeds 10",
         "experiments.data_cleaning --dataset mnist --corruption 0.5 --solvers soba ma_soba saba srba fsla --seeds 2",
+        minutes=9,
+        seconds=60,
     ),
     Figure(
         "digits_cleaning",
@@ -64,6 +77,8 @@ FIGURES = (
         SABA,
         "experiments.data_cleaning --dataset digits --corruption 0.5",
         "experiments.data_cleaning --dataset digits --corruption 0.5 --seeds 3",
+        minutes=1,
+        seconds=20,
     ),
     Figure(
         "thesis_cleaning",
@@ -71,7 +86,10 @@ FIGURES = (
         "Thirteen solvers, double loops among them: the test loss against seconds and oracle calls.",
         f"{THESIS}; {STOCBIO}",
         "experiments.data_cleaning --dataset mnist --setting thesis --corruption 0.4 --seeds 2",
-        "experiments.data_cleaning --dataset digits --setting thesis --corruption 0.4 --seeds 1",
+        "experiments.data_cleaning --dataset mnist --setting thesis --corruption 0.4 --seeds 1 --shorter 2 --evaluations 5 "
+        "--solvers stocbio amigo saba soba mrbo sustain bsa ttsa aid_fp itd_truncated",
+        minutes=29,
+        seconds=100,
     ),
     Figure(
         "meha_cleaning_mnist",
@@ -80,6 +98,8 @@ FIGURES = (
         MEHA,
         "experiments.data_cleaning --dataset mnist --setting meha --draws 3",
         "experiments.data_cleaning --dataset mnist --setting meha --draws 1",
+        minutes=17,
+        seconds=150,
     ),
     Figure(
         "meha_cleaning_fashion_mnist",
@@ -88,6 +108,8 @@ FIGURES = (
         MEHA,
         "experiments.data_cleaning --dataset fashion_mnist --setting meha --draws 3",
         "experiments.data_cleaning --dataset fashion_mnist --setting meha --draws 1",
+        minutes=17,
+        seconds=150,
     ),
     Figure(
         "nonconvex_merely_convex",
@@ -96,6 +118,8 @@ FIGURES = (
         MEHA,
         "experiments.nonconvex --problem merely_convex",
         "experiments.nonconvex --problem merely_convex",
+        minutes=2,
+        seconds=60,
     ),
     Figure(
         "nonconvex_sine",
@@ -104,6 +128,8 @@ FIGURES = (
         MEHA,
         "experiments.nonconvex --problem sine",
         "experiments.nonconvex --problem sine",
+        minutes=2,
+        seconds=60,
     ),
     Figure(
         "nonconvex_lasso",
@@ -112,6 +138,8 @@ FIGURES = (
         MEHA,
         "experiments.nonconvex --problem lasso",
         "experiments.nonconvex --problem lasso",
+        minutes=2,
+        seconds=60,
     ),
     Figure(
         "group_lasso",
@@ -120,6 +148,8 @@ FIGURES = (
         f"{MEHA}; data after Gao, Ye, Yin, Zeng, Zhang, 2022 (ICML)",
         "experiments.group_lasso --features 600 1200 2400 3600",
         "experiments.group_lasso --features 600",
+        minutes=15,
+        seconds=30,
     ),
     Figure(
         "architecture_search",
@@ -128,6 +158,8 @@ FIGURES = (
         f"{MEHA}; {DARTS}",
         "experiments.architecture_search --seeds 3",
         "experiments.architecture_search --seeds 1 --epochs 2 --training-epochs 3",
+        minutes=23,
+        seconds=120,
     ),
     Figure(
         "few_shot_omniglot",
@@ -135,7 +167,9 @@ FIGURES = (
         "Accuracy of MAML and ANIL on characters that they have not seen, 5-way 1-shot.",
         f"{MAML_2017}; {ANIL}",
         "experiments.few_shot --dataset omniglot --solvers maml anil",
-        "experiments.few_shot --dataset omniglot --solvers maml anil --steps 400 --evaluations 5 --test-tasks 200",
+        "experiments.few_shot --dataset omniglot --solvers maml anil --steps 500 --evaluations 5 --test-tasks 200",
+        minutes=9,
+        seconds=120,
     ),
     Figure(
         "few_shot_digits",
@@ -143,7 +177,9 @@ FIGURES = (
         "Six methods on digits, of which some classes are held out.",
         f"{MAML_2017}; {ANIL}",
         "experiments.few_shot --dataset digits --solvers maml anil imaml fomaml reptile meha",
-        "experiments.few_shot --dataset digits --solvers maml anil imaml fomaml reptile meha --test-tasks 300",
+        "experiments.few_shot --dataset digits --solvers maml anil imaml fomaml reptile meha --steps 300 --test-tasks 200",
+        minutes=2,
+        seconds=60,
     ),
     Figure(
         "few_shot_sinusoids",
@@ -152,6 +188,8 @@ FIGURES = (
         MAML_2017,
         "experiments.few_shot --dataset sinusoid --cores 1 --solvers maml anil fomaml reptile imaml meha",
         "experiments.few_shot --dataset sinusoid --cores 1 --solvers maml anil fomaml reptile imaml meha",
+        minutes=1,
+        seconds=30,
     ),
     Figure(
         "maml_theory",
@@ -160,6 +198,8 @@ FIGURES = (
         f"{MAML}; {ANIL}",
         "experiments.maml_theory",
         "experiments.maml_theory --seeds 2",
+        minutes=7,
+        seconds=60,
     ),
     Figure(
         "newsgroups",
@@ -168,6 +208,8 @@ FIGURES = (
         STOCBIO,
         "experiments.learned_regularisation",
         "experiments.learned_regularisation --seconds 8",
+        minutes=3.5,
+        seconds=100,
     ),
     Figure(
         "newsgroups_learned",
@@ -176,6 +218,8 @@ FIGURES = (
         STOCBIO,
         "experiments.learned_regularisation --solvers amigo soba fixed_x --outer adam --outer-rate 0.05 --seconds 100",
         "experiments.learned_regularisation --solvers amigo soba fixed_x --outer adam --outer-rate 0.05 --seconds 20",
+        minutes=6,
+        seconds=100,
     ),
     Figure(
         "hyper_representation",
@@ -184,6 +228,8 @@ FIGURES = (
         PZOBO,
         "experiments.hyper_representation",
         "experiments.hyper_representation",
+        minutes=0.5,
+        seconds=30,
     ),
     Figure(
         "hyper_representation_deep",
@@ -192,6 +238,8 @@ FIGURES = (
         PZOBO,
         "experiments.hyper_representation --layers deep --seeds 1 --solvers pzobo pzobo_unit fo_itd_bio aid_fp aid_cg hozog",
         "experiments.hyper_representation --layers deep --seeds 1 --rows 1000",
+        minutes=4,
+        seconds=60,
     ),
     Figure(
         "rates",
@@ -199,7 +247,9 @@ FIGURES = (
         "Errors of all solvers against oracle calls on quadratics with closed forms, and the slopes of theory.",
         "the papers of the solvers",
         "experiments.rates",
-        "experiments.rates --seeds 4 --repeats 16",
+        "experiments.rates --seeds 3 --repeats 8",
+        minutes=4,
+        seconds=150,
     ),
     Figure(
         "lower_bounds",
@@ -208,6 +258,8 @@ FIGURES = (
         BOUNDS,
         "experiments.lower_bounds",
         "experiments.lower_bounds",
+        minutes=1,
+        seconds=64,
     ),
     Figure(
         "asynchronous_mnist",
@@ -215,7 +267,9 @@ FIGURES = (
         "Data cleaning by 18 workers, without and with stragglers: accuracy and loss against virtual seconds and bytes.",
         ADBO,
         "experiments.asynchronous --dataset mnist",
-        "experiments.asynchronous --dataset mnist --seeds 1",
+        "experiments.asynchronous --dataset mnist --seeds 1 --steps 1000",
+        minutes=15,
+        seconds=140,
     ),
     Figure(
         "asynchronous_fashion_mnist",
@@ -223,7 +277,9 @@ FIGURES = (
         "The same on another data set.",
         ADBO,
         "experiments.asynchronous --dataset fashion_mnist",
-        "experiments.asynchronous --dataset fashion_mnist --seeds 1",
+        "experiments.asynchronous --dataset fashion_mnist --seeds 1 --steps 1000",
+        minutes=15,
+        seconds=140,
     ),
     Figure(
         "asynchronous_ijcnn1",
@@ -232,6 +288,8 @@ FIGURES = (
         ADBO,
         "experiments.asynchronous --task regularisation",
         "experiments.asynchronous --task regularisation --seeds 1",
+        minutes=5,
+        seconds=60,
     ),
     Figure(
         "asynchronous_covtype",
@@ -240,6 +298,8 @@ FIGURES = (
         ADBO,
         "experiments.asynchronous --task regularisation --dataset covtype",
         "experiments.asynchronous --task regularisation --dataset covtype --seeds 1",
+        minutes=10,
+        seconds=60,
     ),
     Figure(
         "asynchronous_digits",
@@ -248,6 +308,8 @@ FIGURES = (
         ADBO,
         "experiments.asynchronous",
         "experiments.asynchronous",
+        minutes=2,
+        seconds=60,
     ),
     Figure(
         "asynchronous_digits_published",
@@ -256,6 +318,8 @@ FIGURES = (
         ADBO,
         "experiments.asynchronous --rates published",
         "",
+        minutes=2,
+        seconds=0,
         drawn=False,
     ),
     Figure(
@@ -265,6 +329,8 @@ FIGURES = (
         ADBO,
         "experiments.asynchronous --rates cleaning --methods adbo sdbo",
         "",
+        minutes=2,
+        seconds=0,
         drawn=False,
     ),
     Figure(
@@ -274,6 +340,8 @@ FIGURES = (
         ADBO,
         "experiments.asynchronous --task toy",
         "experiments.asynchronous --task toy",
+        minutes=1,
+        seconds=25,
     ),
     Figure(
         "asynchronous_scaling",
@@ -282,6 +350,8 @@ FIGURES = (
         ADBO,
         "experiments.asynchronous --task scaling",
         "",
+        minutes=2,
+        seconds=0,
         drawn=False,
     ),
     Figure(
@@ -291,6 +361,28 @@ FIGURES = (
         ADBO,
         "experiments.asynchronous --engine ray --methods adbo sdbo --steps 400 --seeds 1",
         "",
+        minutes=5,
+        seconds=0,
         drawn=False,
     ),
+    Figure(
+        "long_run",
+        "A long run",
+        "What SABA on digits records in a run that goes on after it was killed; with --kills it is, and nothing differs.",
+        "",
+        "experiments.long_run",
+        "experiments.long_run --steps 20000",
+        minutes=1,
+        seconds=15,
+    ),
 )
+
+
+def parse(command: str) -> Any:
+    """The settings of a command: an instance of its module's Config."""
+    module, *arguments = shlex.split(command)
+    spec = find_spec(module)
+    if spec is None:
+        raise ModuleNotFoundError(f"command: got {module}, which is not a module")
+    package = spec.submodule_search_locations is not None
+    return tyro.cli(importlib.import_module(f"{module}.__main__" if package else module).Config, args=arguments)

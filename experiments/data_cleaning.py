@@ -109,6 +109,8 @@ class Config(Options):
     probability (setting soba), or by a wrong one, of exactly this share (settings thesis and meha)"""
     setting: Literal["soba", "thesis", "meha"] = "soba"
     """whose data, noise, losses, step sizes and metrics: those of the SOBA/SABA paper, of the bilevel thesis, or of MEHA's"""
+    shorter: int = 1
+    """settings thesis and meha: a divisor of the updates of every solver"""
     draws: int = 1
     """setting meha: draws of rows and wrong labels, each one run in a folder of its own; they take the place of --seeds"""
     solvers: tuple[Name, ...] | None = None
@@ -188,7 +190,7 @@ def rates(config: Config) -> dict[str, Rates]:
         name: r._replace(
             step_size=config.step_size or r.step_size,
             outer_ratio=config.outer_ratio or r.outer_ratio,
-            updates=None if config.steps else r.updates,
+            updates=None if config.steps else r.updates and r.updates // config.shorter,
         )._replace(**given.get(name, {}))
         for name, r in found.items()
     }
@@ -314,8 +316,11 @@ def main(config: Config) -> None:
     """Run the comparison."""
     steps, evaluations = LENGTH[config.dataset]
     steps, evaluations = {"soba": (steps, evaluations), "thesis": (200, 10), "meha": (200, 20)}[config.setting]
+    if config.shorter != 1 and (config.shorter < 1 or config.setting == "soba" or config.steps):
+        raise SystemExit(f"--shorter: got {config.shorter}, expected 1, or with --setting thesis or meha, not --steps, more")
     settings = rates(config)
-    config = dataclasses.replace(config, steps=config.steps or steps, evaluations=config.evaluations or evaluations)
+    steps = config.steps or steps // config.shorter
+    config = dataclasses.replace(config, steps=steps, evaluations=config.evaluations or evaluations)
     if not 0 <= config.corruption <= 1:
         raise SystemExit(f"--corruption: got {config.corruption}, expected a number in [0, 1]")
     if config.draws < 1 or (config.draws > 1 and config.setting != "meha"):
