@@ -198,8 +198,7 @@ def test_ctrl_c_is_passed_on_and_the_next_call_goes_on(fakes, tmp_path):
     table = [figure("on", "fake_on"), figure("again", "fake_new")]
     rows = [tuple(one) for one in table]
     program = (
-        "from pathlib import Path; from experiments import data_cleaning
-from experiments.catalogue import Figure\n"
+        "from pathlib import Path; from experiments.catalogue import Figure\n"
         "from experiments.reproduce import Config, reproduce\n"
         f"reproduce([Figure(*row) for row in {rows}], Config(out=Path({str(tmp_path)!r}), jobs=2))"
     )
@@ -281,5 +280,3 @@ def test_the_page_of_a_reproduction(fakes, tmp_path):
         gallery.main(gallery.Config(figures=tmp_path / "none"))
     gallery.main(gallery.Config(figures=tmp_path))
     assert (tmp_path / "index.html").exists()
-
-
