@@ -164,8 +164,8 @@ def run(works: Sequence[Work], jobs: int) -> dict[str, str]:
         KeyboardInterrupt: after the commands that were running have been stopped.
     """
     waiting, running, failed = [work for work in works if not work.finished()], [], {}
-    bar = tqdm(total=len(works), initial=len(works) - len(waiting), unit="figure", file=sys.stderr, mininterval=1.0)
-    with bar:
+    every = 1.0 if sys.stderr.isatty() else 30.0  # seconds between two lines of progress
+    with tqdm(total=len(works), initial=len(works) - len(waiting), unit="figure", file=sys.stderr, mininterval=every) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
