@@ -1,0 +1,17 @@
+"""SABA of bilevel_jax, for benchopt."""
+# ruff: noqa: RUF012 (benchopt reads these literals from the source)
+
+from benchmark_utils.bilevel_jax_plugin import BilevelSolver
+
+from bilevel_jax import solvers
+
+
+class Solver(BilevelSolver):
+    """Constant steps; SAGA over the blocks, ragged ones exact."""
+
+    name = "bilevel_jax SABA"
+    requirements = ["pip::bilevel-jax"]
+    parameters = {"step_size": [0.1], "outer_ratio": [1.0], "eval_freq": [128], "random_state": [1], "batch_size": [64]}
+
+    def build(self, problem, blocks):
+        return solvers.saba(problem, self.opts(solvers.saba))
