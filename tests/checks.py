@@ -231,6 +231,19 @@ def walk(solver: Solver, start: Vars, batches: Iterable[Batch]) -> list[Vars]:
     return iterates
 
 
+#: The effort of users' compilers, where that of the tests is small (see `conftest.py`).
+OPTIMISED = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+}
+
+
+def optimised(function: Any, *args: Any) -> str:
+    """The program that users get of a function of `jax.jit`."""
+    return function.lower(*args).compile(compiler_options=OPTIMISED).as_text() or ""
+
+
 def table_copies(text: str, *shape: int) -> list[str]:
     """The instructions of an optimised program that make a new array of a table's shape (or of one such a lane)."""
     dims = ",".join(map(str, shape))

@@ -338,13 +338,8 @@ def test_limit_stops_before_numbers_overflow():
 @pytest.mark.parametrize("lanes", [0, 3])
 def test_halving_copies_no_table(lanes):
     """In the programs that users get, optimised."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-        solver = guard(lambda scale: solvers.saba(setting("short rows")[0], Vars(*(optax.sgd(scale * s) for s in STEPS))),
-                       halvings=5, limit=LIMIT)  # fmt: skip
-        text, shapes = scan_text(solver, "short rows", lanes)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", True)
+    make = lambda scale: solvers.saba(setting("short rows")[0], Vars(*(optax.sgd(scale * s) for s in STEPS)))
+    text, shapes = scan_text(guard(make, halvings=5, limit=LIMIT), "short rows", lanes)
     check_no_copies(text, *shapes)
 
 

@@ -28,6 +28,7 @@ from bilevel_jax.estimators import total
 from bilevel_jax.parallel import Weighted, data_mesh, data_parallel, deal, place, sharded, spread
 from bilevel_jax.sweep import descend
 from experiments.scaling import COLLECTIVE
+from tests.checks import OPTIMISED
 from tests.tables import SOLVERS, STEPS, aux_like, build, distance, ragged, small, tiny
 
 UPDATES = 5  # one more than the period of SRBA: a refresh in their midst
@@ -91,7 +92,7 @@ def whole_run(name: str, mesh: Any, batch_sizes: tuple[int, int]) -> tuple[float
     local = partial(go, problem, [size // devices for size in batch_sizes])
     many = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P()))
     placed = place(data, mesh, P("data"))
-    program = many.lower(placed).compile()
+    program = many.lower(placed).compile(compiler_options=OPTIMISED)  # as it is looked at
     single = jax.jit(partial(go, q.problem, list(batch_sizes)))(q.data)
     return distance(program(placed), single), str(program.as_text())
 
@@ -160,12 +161,10 @@ def main(dtype: str, *names: str) -> None:
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
-    jax.config.update("jax_disable_most_optimizations", True)
     found: dict[str, Any] = {"devices": jax.device_count(), "solvers": differences(list(names or SOLVERS), dtype)}
     if names:
         mesh = data_mesh()
         found |= {"means": places_of_the_mean(mesh), "tasks": tasks_apart(mesh), "taken up": taken_up(mesh)}
-        jax.config.update("jax_disable_most_optimizations", False)  # as the programs are looked at
         cases = dict.fromkeys(("soba", "saba"), (8, 8)) | {"srba": (12, 8)}
         found["runs"] = {name: whole_run(name, mesh, sizes) for name, sizes in cases.items()}
         found["runs"] = {name: (error, collectives(text)) for name, (error, text) in found["runs"].items()}

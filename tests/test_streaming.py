@@ -17,7 +17,7 @@ from bilevel_jax import Batch, Levels, begin, readers, run, samplers, stream
 from bilevel_jax.loop import several
 from bilevel_jax.types import Slot
 from experiments import streaming
-from tests.checks import check_no_copies, check_same
+from tests.checks import check_no_copies, check_same, optimised
 from tests.tables import build, tiny, tiny_sampler, tiny_start
 from tests.test_tables import SLOTS, setting, shapes_of_tables
 
@@ -234,13 +234,9 @@ def test_several_updates_copy_no_table():
     problem, sampler, start, data = setting("short rows")
     solver = build("saba", problem)
     many = several(solver, 5)
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-        batches = jax.eval_shape(lambda: sampler.batches(data, jax.random.key(0), 0, many.draws))
-        state = jax.eval_shape(many.init, start, batches)
-        text = jax.jit(many.update, donate_argnums=0).lower(state, batches).compile().as_text() or ""
-    finally:
-        jax.config.update("jax_disable_most_optimizations", True)
+    batches = jax.eval_shape(lambda: sampler.batches(data, jax.random.key(0), 0, many.draws))
+    state = jax.eval_shape(many.init, start, batches)
+    text = optimised(jax.jit(many.update, donate_argnums=0), state, batches)
     shapes = shapes_of_tables(state)
     assert {shape[0] for shape in shapes} == set(SLOTS)
     check_no_copies(text, *shapes)

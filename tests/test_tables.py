@@ -27,20 +27,12 @@ from bilevel_jax import (
 )
 from bilevel_jax.estimators import saga, total
 from bilevel_jax.types import Batch, Estimator, Solver, Table, Terms
-from tests.checks import check_no_copies, table_copies
+from tests.checks import check_no_copies, optimised, table_copies
 from tests.tables import SOLVERS, STEPS, build, tiny, tiny_sampler, tiny_start
 
 OPTS = Vars(*map(optax.sgd, STEPS))
 SLOTS = (37, 41)  # unmistakable numbers of blocks
 LANES = 3
-
-
-@pytest.fixture(autouse=True)
-def optimised():
-    """Here the programs are looked at as users get them."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 #: Sizes of z and x: rows that the library may keep together, and rows too long for that.
@@ -81,8 +73,7 @@ def scan_text(solver: Solver, size: str, lanes: int = 0) -> tuple[str, set[tuple
 
     key = jax.random.key(0)
     carry = jax.eval_shape(jax.vmap(first), jax.random.split(key, lanes)) if lanes else jax.eval_shape(first, key)
-    program = jax.jit(jax.vmap(go) if lanes else go, donate_argnums=0).lower(carry).compile()
-    return program.as_text() or "", shapes_of_tables(carry, lanes)
+    return optimised(jax.jit(jax.vmap(go) if lanes else go, donate_argnums=0), carry), shapes_of_tables(carry, lanes)
 
 
 def host_text(solver: Solver, size: str) -> tuple[str, set[tuple[int, ...]]]:
@@ -90,7 +81,7 @@ def host_text(solver: Solver, size: str) -> tuple[str, set[tuple[int, ...]]]:
     _, sampler, start, data = setting(size)
     batches = jax.eval_shape(lambda: sampler.batches(data, jax.random.key(0), 0, solver.draws))
     state = jax.eval_shape(solver.init, start, batches)
-    return jax.jit(solver.update, donate_argnums=0).lower(state, batches).compile().as_text() or "", shapes_of_tables(state)
+    return optimised(jax.jit(solver.update, donate_argnums=0), state, batches), shapes_of_tables(state)
 
 
 @pytest.mark.parametrize(
