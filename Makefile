@@ -13,7 +13,7 @@ figures: $(VENV)/experiments.stamp  ## every figure at the size of a laptop; goe
 	$(BIN)/python -m experiments.reproduce --out results/figures
 
 docs: $(VENV)/docs.stamp  ## the documentation site, in results/site
-	$(BIN)/mkdocs build --quiet --strict --site-dir results/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir results/site
 
 test: $(VENV)/test.stamp  ## all tests but the slow ones, file by file on two processes of about 4 GB each
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
