@@ -2,8 +2,11 @@
 
 import ast
 import importlib
+import importlib.util
 import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs" / "reference").glob("*.md"))
@@ -74,3 +77,23 @@ def test_pages_are_linked_from_the_first():
     index = (ROOT / "docs" / "reference" / "index.md").read_text()
     for page in PAGES:
         assert page.name == "index.md" or f"({page.name})" in index
+
+
+def test_docstrings_become_markdown():
+    """What a reader of the site relies on: a row an argument, examples as code, names as links, z* as it is."""
+    griffe = pytest.importorskip("griffe")
+    spec = importlib.util.spec_from_file_location("docstrings", ROOT / "docs" / "docstrings.py")
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    library = griffe.load("bilevel_jax", search_paths=[ROOT], extensions=griffe.load_extensions(extension.HouseStyle))
+
+    def sections(path):
+        return {section.kind.value: section.value for section in library[path].docstring.parse("google")}
+
+    auto = sections("linear_solve.auto")
+    assert [row.name for row in auto["parameters"]] == ["positive_definite", "dense_below", "max_steps", "rtol"]
+    assert 'identifier="bilevel_jax.linear_solve.dense"' in auto["text"]
+    assert auto["examples"][0][1].startswith(">>> ")
+    assert "at z\\*(x) only" in sections("hypergrad.implicit")["parameters"][1].description
+    fields = {row.name: row.description for row in sections("types.Vars")["attributes"]}
+    assert fields["inner"] == "z"
