@@ -77,6 +77,8 @@ def test_pages_are_linked_from_the_first():
     index = (ROOT / "docs" / "reference" / "index.md").read_text()
     for page in PAGES:
         assert page.name == "index.md" or f"({page.name})" in index
+    for name in importlib.import_module("bilevel_jax").__all__:
+        assert f"`{name}`" in index or f"`bilevel_jax.{name}`" in index, name
 
 
 def test_docstrings_become_markdown():
