@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import jax
+import optax
 import pytest
 
-from bilevel_jax import solvers
+from bilevel_jax import Problem, Vars, linear_solve, solvers
 from bilevel_jax.distributed import adbo, d_soba, fednest, gossip
+from bilevel_jax.solvers.steps import DECAYS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -55,6 +57,42 @@ def test_every_solver_is_in_the_table_of_methods():
         row = re.findall(rf"^\| `{name}` \|.*$", text, re.MULTILINE)
         assert len(row) == 1, name
         assert len(row[0].strip("|").split("|")) == 6, name  # with what it assumes, calls, memory, rate, when
+
+
+SIZES = {"D": 5, "N": 3, "Q": 4, "r": 2}
+NEUMANN = {"rate": 0.1, "terms": SIZES["Q"]}
+CONSTANTS = {"smoothness": 2.0, "strong_convexity": 1.0, "outer_smoothness": 2.0, "outer_strong_convexity": 1.0}
+#: What a solver is made with, so that its declared cost is that of the table at these sizes.
+OPTIONS: dict[str, dict] = {
+    **{name: {} for name in ("soba", "ma_soba", "saba", "storm_soba", "fsla", "sl_bamm")},
+    **dict.fromkeys(("mrbo", "sustain", "ttsa"), NEUMANN),
+    **{name: {**NEUMANN, "inner_steps": SIZES["D"]} for name in ("bsa", "stocbio")},
+    **{name: {"radius": 1.0} for name in ("hjfbio", "fdehbo")},
+    **{name: {"inner_steps": SIZES["D"]} for name in ("itd_bio", "fo_itd_bio", "pzobo", "bda", "iaptt", "maml", "fomaml")},
+    **{name: {"inner_steps": SIZES["D"]} for name in ("reptile", "f2sa", "f2ba", "bome", "pbgd", "bvfim", "bvfsm")},
+    "meha": {"gamma": 1.0},
+    "f2sa_p": {"inner_steps": SIZES["D"], "order": SIZES["r"]},
+    "anil": {"inner_steps": SIZES["D"], "adapted": lambda path: "head" in path},
+    "amigo": {"inner_steps": SIZES["D"], "aux_steps": SIZES["N"], "aux_rate": 0.1},
+    "aid_bio": {"inner_steps": SIZES["D"], "linear_solver": linear_solve.cg(max_steps=SIZES["N"])},
+    "imaml": {"inner_steps": SIZES["D"], "linear_solver": linear_solve.cg(max_steps=SIZES["N"])},
+    "accbio": {**CONSTANTS, "inner_steps": SIZES["D"], "aux_steps": SIZES["N"]},
+    "accbio_bg": {**CONSTANTS, "inner_steps": SIZES["D"], "aux_steps": SIZES["N"]},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_calls_of_the_table_are_those_declared(name):
+    (row,) = re.findall(rf"^\| `{name}` \|.*$", (DOCS / "choosing.md").read_text(), re.MULTILINE)
+    formula = re.split(r", | at most", row.split("|")[3])[0].strip()
+    expected = eval(re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula), dict(SIZES))
+    problem, sgd, make = Problem(lambda z, x, a: 0.0, lambda z, x, b: 0.0), optax.sgd(0.1), getattr(solvers, name)
+    if "smoothness" in OPTIONS[name]:
+        solver = make(problem, **OPTIONS[name])
+    else:
+        moves_aux = DECAYS[name].aux if name in DECAYS else False
+        solver = make(problem, Vars(sgd, sgd if moves_aux else None, sgd), **OPTIONS[name])
+    assert sum(solver.cost.draw) == expected
 
 
 def test_links_lead_somewhere():
