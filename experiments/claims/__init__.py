@@ -1,1 +1,1 @@
-"""The table of claims of four bodies of work, each checked against saved results: see ``python -m experiments.claims --help``."""
+"""The table of claims, each checked against saved results: ``python -m experiments.claims --help``."""

@@ -11,11 +11,11 @@ from typing import Annotated
 
 import tyro
 
-from experiments.claims import adbo, meha
+from experiments.claims import adbo, later, meha, soba_saba, thesis
 from experiments.claims.page import counts_of, page
 from experiments.claims.saved import SAVED, Saved, keep
 
-BODIES = (meha.BODY, adbo.BODY)
+BODIES = (soba_saba.BODY, thesis.BODY, meha.BODY, adbo.BODY, later.BODY)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,16 @@ import pandas as pd
 from experiments.claims.claim import Found
 from experiments.claims.saved import Saved
 
+#: Names of solvers and methods in the tables of results.
+TITLES = {
+    "aid_cg": "AID-CG", "aid_fp": "AID-FP", "amigo": "AmIGO", "anil": "ANIL", "bome": "BOME", "bsa": "BSA",
+    "darts_first": "DARTS", "darts_second": "DARTS one step ahead", "d_soba": "D-SOBA", "f2ba": "F2BA", "f2sa": "F2SA",
+    "f2sa_p": "F2SA-2", "fo_itd_bio": "first-order", "fomaml": "FOMAML", "fsla": "FSLA", "hoag": "HOAG", "hozog": "HOZOG",
+    "imaml": "iMAML", "itd_bio": "ITD-BiO", "itd_truncated": "reverse", "ma_soba": "MA-SOBA", "maml": "MAML", "meha": "MEHA",
+    "mrbo": "MRBO", "pbgd": "V-PBGD", "pzobo": "PZOBO", "pzobo_unit": "PZOBO of the public code", "reptile": "Reptile",
+    "saba": "SABA", "soba": "SOBA", "srba": "SRBA", "stocbio": "stocBiO", "sustain": "SUSTAIN", "ttsa": "TTSA",
+    "vrbo": "VRBO", "fixed_x": "x left at 0",
+}  # fmt: skip
 RELATIONS = {"=": "equal to", "<=": "at most", ">=": "at least"}
 
 
@@ -18,17 +28,22 @@ def gap(row: Any) -> float:
     return {"=": abs(measured - theory), "<=": measured - theory, ">=": theory - measured}[row["relation"]]
 
 
+def expected(row: Any) -> str:
+    """What theory says of a row, in words."""
+    tolerance = float(row["tolerance"])
+    return f"{RELATIONS[row['relation']]} {row['theory']:.4g}" + (f", to {tolerance:.2g}" if tolerance else "")
+
+
 def row(name: str, file: str, claim: str) -> Callable[[Saved], Found]:
-    """A row of a table that an experiment writes, judged again from its numbers: within twice the tolerance it holds in part."""
+    """A row of an experiment's own table, judged again from its numbers: within twice the tolerance it holds in part."""
 
     def measure(saved: Saved) -> Found:
         found = saved.row(name, file, claim)
         missed, tolerance = gap(found), float(found["tolerance"])
-        words = f"{RELATIONS[found['relation']]} {short(found['theory'])}"
-        parts = {f"{words}, to {tolerance:.2g}" if tolerance else words: bool(missed <= tolerance)}
+        parts = {expected(found): bool(missed <= tolerance)}
         if tolerance and missed > tolerance:
-            parts[f"{words}, to {2 * tolerance:.2g}"] = bool(missed <= 2 * tolerance)
-        return Found(short(found["measured"]), parts)
+            parts["to twice that"] = bool(missed <= 2 * tolerance)
+        return Found(f"{found['measured']:.4g}", parts)
 
     return measure
 
@@ -39,10 +54,7 @@ def rows(name: str, file: str, claims: Mapping[str, str]) -> Callable[[Saved], F
     def measure(saved: Saved) -> Found:
         found = {words: saved.row(name, file, claim) for words, claim in claims.items()}
         ours = "; ".join(f"{words} {short(r['measured'])}" for words, r in found.items())
-        parts = {
-            f"{words} {RELATIONS[r['relation']]} {short(r['theory'])}": bool(gap(r) <= float(r["tolerance"]))
-            for words, r in found.items()
-        }
+        parts = {f"{words} {expected(r)}": bool(gap(r) <= float(r["tolerance"])) for words, r in found.items()}
         return Found(ours, parts)
 
     return measure
@@ -53,19 +65,30 @@ def short(number: Any) -> str:
     return "rounding error" if number == -np.inf else f"{float(number):.3g}"
 
 
-def medians(table: pd.DataFrame, column: str, along: str = "step") -> pd.DataFrame:
+def percent(share: Any, digits: int = 2) -> str:
+    """A share of one in per cent."""
+    return f"{100 * float(share):.{digits}f} %"
+
+
+def named(values: Any, titles: Mapping[str, str] | None = None) -> str:
+    """Solvers with their values."""
+    known = TITLES | dict(titles or {})
+    return ", ".join(f"{known[str(name)]} {short(value)}" for name, value in values.items())
+
+
+def medians(table: Any, column: str, along: str = "step") -> Any:
     """Medians over the seeds, an index the evaluations, a column a solver; a run that diverged counts as infinitely bad."""
     table = table.assign(value=table[column].fillna(np.inf))
     return table.pivot_table(index=along, columns="solver", values="value", aggfunc="median")
 
 
-def at_end(table: pd.DataFrame, column: str, by: str = "solver") -> pd.Series:
+def at_end(table: Any, column: str, by: str = "solver") -> Any:
     """Medians over the seeds at the end of each run."""
     last = table.sort_values("step", kind="stable").groupby([by, "seed"]).tail(1)
     return last.assign(value=last[column].fillna(np.inf)).groupby(by)["value"].median()
 
 
-def first_below(table: pd.DataFrame, column: str, level: float, along: str) -> pd.Series:
+def first_below(table: Any, column: str, level: float, along: str) -> Any:
     """Where the medians over the seeds are first at or below a level, by solver; infinite where they never are."""
     found = {}
     for solver, part in table.groupby("solver"):

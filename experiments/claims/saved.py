@@ -14,7 +14,7 @@ from experiments.catalogue import FIGURES
 
 #: The committed folder.
 SAVED = Path(__file__).parents[1] / "saved"
-#: A table of more rows than the first number is thinned to about the second: evenly spaced rows of each run, with its first and last.
+#: A table of more rows than the first number is thinned to about the second: evenly spaced ones of each run, and its ends.
 LONG, THINNED = 3200, 600
 #: Of a run: states, and the seconds of each of its pieces.
 SKIPPED = {"checkpoints", "timing.csv"}
@@ -34,6 +34,7 @@ RUN = (
 )
 #: Runs of which no figure is drawn, for a claim or two: commands, as in `experiments.catalogue`.
 MORE = {
+    "claims_checks": "experiments.claims.checks",
     "few_shot_omniglot_six": "experiments.few_shot --dataset omniglot --solvers maml anil fomaml meha reptile imaml",
     "few_shot_omniglot_itd": "experiments.few_shot --dataset omniglot --solvers maml anil itd_bio fo_itd_bio --steps 600",
     "ijcnn1_fsla": "experiments.hyperparameter_selection --dataset ijcnn1 --solvers fsla --seeds 3",
@@ -42,14 +43,12 @@ MORE = {
     "newsgroups_batches": "experiments.learned_regularisation --solvers stocbio --batch-sizes 100 500 1000 2000",
     "speed_first_order": "experiments.speed first_order --torch-python PYTHON",
 }
+COMMANDS = {figure.name: figure.command for figure in FIGURES} | MORE
 
 
 def command(name: str) -> str:
     """What follows ``python -m`` in the command that made a folder of saved results."""
-    known = {figure.name: figure.command for figure in FIGURES} | MORE
-    if name not in known:
-        raise KeyError(f"{name!r} is neither a figure of experiments/catalogue.py nor a run of experiments/claims/saved.py")
-    return known[name]
+    return COMMANDS[name]
 
 
 class Saved(NamedTuple):
@@ -57,7 +56,7 @@ class Saved(NamedTuple):
 
     folder: Path = SAVED
 
-    def table(self, name: str, file: str = "history.csv") -> pd.DataFrame:
+    def table(self, name: str, file: str = "history.csv") -> Any:
         """One table of a run."""
         path = self.folder / name / file
         if not path.is_file():
@@ -79,8 +78,9 @@ class Saved(NamedTuple):
 
 def keep(source: Path, name: str, folder: Path = SAVED) -> Path:
     """Copy the tables and settings of a run: numbers to six digits, long tables thinned, paths of the machine left out."""
-    command(name)
-    if not (source / "history.csv").is_file() and not any(source.glob("*.csv")):
+    if name not in COMMANDS:
+        raise SystemExit(f"--as: got {name!r}, expected one of {', '.join(sorted(COMMANDS))}")
+    if not any(source.glob("*.csv")):
         raise SystemExit(f"--save: got {source}, expected the folder of a finished run, with tables (.csv)")
     target = folder / name
     for path in sorted(p for p in source.rglob("*") if p.suffix in (".csv", ".json") and not SKIPPED & {*p.parts}):
