@@ -14,6 +14,7 @@ hide errors.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -80,39 +81,8 @@ def quadratic(
     sizes = {"inner_dim": inner_dim, "outer_dim": outer_dim, "inner_samples": inner_samples, "outer_samples": outer_samples}
     for name, size in sizes.items():
         checks.positive_int(name, size)
-    p, d, n, m = inner_dim, outer_dim, inner_samples, outer_samples
-
-    @jax.jit  # one compilation in place of a hundred small ones
-    def draw(key: Array) -> Levels:
-        keys = iter(jax.random.split(key, 32))
-
-        def normal(*shape: int) -> Array:
-            return jax.random.normal(next(keys), shape, dtype)
-
-        def spectrum(size: int, low: float) -> Array:
-            basis = jnp.linalg.qr(normal(size, size))[0]
-            return basis @ jnp.diag(jnp.geomspace(low, 1.0, size, dtype=dtype)) @ basis.T
-
-        def samples(mean: Array, count: int, scale: float, symmetric: bool = False) -> Array:
-            draws = scale * normal(count, *mean.shape)
-            draws = (draws + draws.mT) / 2 if symmetric else draws
-            return mean[None] + draws - draws.mean(0, keepdims=True)
-
-        inner = {
-            "A": samples(spectrum(p, 1 / condition), n, noise, symmetric=True),
-            "C": samples(0.15 * normal(d, p), n, noise),
-            "b": samples(normal(p), n, 5 * noise),
-        }
-        outer = {
-            "B": samples(spectrum(p, 0.1), m, noise, symmetric=True),
-            "D": samples(spectrum(d, 0.5), m, noise, symmetric=True),
-            "E": samples(0.05 * normal(d, p), m, noise),
-            "e": samples(normal(p), m, 5 * noise),
-            "d": samples(normal(d), m, 5 * noise),
-        }
-        return Levels(inner, outer)
-
-    data = draw(key)
+    p, d = inner_dim, outer_dim
+    data = _draw(key, p, d, inner_samples, outer_samples, float(condition), float(noise), dtype)
     problem = Problem(
         inner=lambda z, x, s: (s["A"] @ z) @ z / 2 + (x @ s["C"]) @ z + s["b"] @ z,
         outer=lambda z, x, s: (s["B"] @ z) @ z / 2 + (s["D"] @ x) @ x / 2 + (x @ s["E"]) @ z + s["e"] @ z + s["d"] @ x,
@@ -120,6 +90,38 @@ def quadratic(
     start = Vars(jnp.zeros(p, dtype), jnp.zeros(p, dtype), jnp.ones(d, dtype))
     means = (jax.tree.map(lambda leaf: leaf.mean(0), part) for part in data)
     return _solved(problem, data, start, *means)
+
+
+@partial(jax.jit, static_argnums=range(1, 8))  # one compilation in place of a hundred small ones, for all keys
+def _draw(key: Array, p: int, d: int, n: int, m: int, condition: float, noise: float, dtype: Any) -> Levels:
+    """The samples of `quadratic`."""
+    keys = iter(jax.random.split(key, 32))
+
+    def normal(*shape: int) -> Array:
+        return jax.random.normal(next(keys), shape, dtype)
+
+    def spectrum(size: int, low: float) -> Array:
+        basis = jnp.linalg.qr(normal(size, size))[0]
+        return basis @ jnp.diag(jnp.geomspace(low, 1.0, size, dtype=dtype)) @ basis.T
+
+    def samples(mean: Array, count: int, scale: float, symmetric: bool = False) -> Array:
+        draws = scale * normal(count, *mean.shape)
+        draws = (draws + draws.mT) / 2 if symmetric else draws
+        return mean[None] + draws - draws.mean(0, keepdims=True)
+
+    inner = {
+        "A": samples(spectrum(p, 1 / condition), n, noise, symmetric=True),
+        "C": samples(0.15 * normal(d, p), n, noise),
+        "b": samples(normal(p), n, 5 * noise),
+    }
+    outer = {
+        "B": samples(spectrum(p, 0.1), m, noise, symmetric=True),
+        "D": samples(spectrum(d, 0.5), m, noise, symmetric=True),
+        "E": samples(0.05 * normal(d, p), m, noise),
+        "e": samples(normal(p), m, 5 * noise),
+        "d": samples(normal(d), m, 5 * noise),
+    }
+    return Levels(inner, outer)
 
 
 def worst_case(
