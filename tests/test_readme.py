@@ -27,7 +27,7 @@ def test_python_blocks_run_in_order(newcomer):
     namespace: dict = {}
     for block in found:
         exec(compile(block, str(README), "exec"), namespace)
-    assert int(namespace["state"].step) == 1000  # of the last block that has one
+    assert int(namespace["carry"].state.step) == 1000  # of the last block that has one
 
 
 def test_own_solver_is_at_most_ten_lines():
