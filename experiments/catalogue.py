@@ -48,7 +48,7 @@ FIGURES = (
         "experiments.hyperparameter_selection --dataset breast_cancer",
         "experiments.hyperparameter_selection --dataset breast_cancer",
         minutes=0.5,
-        seconds=20,
+        seconds=29,
     ),
     Figure(
         "ijcnn1",
@@ -56,9 +56,9 @@ FIGURES = (
         "The same on 49,990 training rows: SABA goes on where SOBA stalls.",
         SABA,
         "experiments.hyperparameter_selection --dataset ijcnn1 --solvers soba ma_soba saba srba --seeds 10",
-        "experiments.hyperparameter_selection --dataset ijcnn1 --solvers soba ma_soba saba srba --seeds 2",
+        "experiments.hyperparameter_selection --dataset ijcnn1 --solvers soba ma_soba saba srba --seeds 2 --evaluations 16",
         minutes=14,
-        seconds=90,
+        seconds=150,
     ),
     Figure(
         "mnist_cleaning",
@@ -68,7 +68,7 @@ FIGURES = (
         "experiments.data_cleaning --dataset mnist --corruption 0.5 --solvers soba ma_soba saba srba fsla --seeds 10",
         "experiments.data_cleaning --dataset mnist --corruption 0.5 --solvers soba ma_soba saba srba fsla --seeds 2",
         minutes=9,
-        seconds=60,
+        seconds=80,
     ),
     Figure(
         "digits_cleaning",
@@ -78,7 +78,7 @@ FIGURES = (
         "experiments.data_cleaning --dataset digits --corruption 0.5 --seeds 3",
         "experiments.data_cleaning --dataset digits --corruption 0.5 --seeds 3",
         minutes=1,
-        seconds=20,
+        seconds=29,
     ),
     Figure(
         "thesis_cleaning",
@@ -87,9 +87,9 @@ FIGURES = (
         f"{THESIS}; {STOCBIO}",
         "experiments.data_cleaning --dataset mnist --setting thesis --corruption 0.4 --seeds 2",
         "experiments.data_cleaning --dataset mnist --setting thesis --corruption 0.4 --seeds 1 --shorter 2 --evaluations 5 "
-        "--solvers stocbio amigo saba soba mrbo sustain bsa ttsa aid_fp itd_truncated",
+        "--solvers stocbio amigo saba soba mrbo sustain bsa ttsa aid_fp",
         minutes=29,
-        seconds=100,
+        seconds=200,
     ),
     Figure(
         "meha_cleaning_mnist",
@@ -99,7 +99,7 @@ FIGURES = (
         "experiments.data_cleaning --dataset mnist --setting meha --draws 3",
         "experiments.data_cleaning --dataset mnist --setting meha --draws 1",
         minutes=17,
-        seconds=150,
+        seconds=143,
     ),
     Figure(
         "meha_cleaning_fashion_mnist",
@@ -109,7 +109,7 @@ FIGURES = (
         "experiments.data_cleaning --dataset fashion_mnist --setting meha --draws 3",
         "experiments.data_cleaning --dataset fashion_mnist --setting meha --draws 1",
         minutes=17,
-        seconds=150,
+        seconds=140,
     ),
     Figure(
         "nonconvex_merely_convex",
@@ -149,7 +149,7 @@ FIGURES = (
         "experiments.group_lasso --features 600 1200 2400 3600",
         "experiments.group_lasso --features 600",
         minutes=15,
-        seconds=30,
+        seconds=40,
     ),
     Figure(
         "architecture_search",
@@ -157,9 +157,9 @@ FIGURES = (
         "Searches for the cells of a small network by MEHA and DARTS, and the cells found beside random ones.",
         f"{MEHA}; {DARTS}",
         "experiments.architecture_search --seeds 3",
-        "experiments.architecture_search --seeds 1 --epochs 2 --training-epochs 3",
+        "experiments.architecture_search --seeds 1 --methods darts_first meha --epochs 2 --training-epochs 3",
         minutes=23,
-        seconds=120,
+        seconds=180,
     ),
     Figure(
         "few_shot_omniglot",
@@ -169,7 +169,7 @@ FIGURES = (
         "experiments.few_shot --dataset omniglot --solvers maml anil",
         "experiments.few_shot --dataset omniglot --solvers maml anil --steps 500 --evaluations 5 --test-tasks 200",
         minutes=9,
-        seconds=120,
+        seconds=150,
     ),
     Figure(
         "few_shot_digits",
@@ -179,7 +179,7 @@ FIGURES = (
         "experiments.few_shot --dataset digits --solvers maml anil imaml fomaml reptile meha",
         "experiments.few_shot --dataset digits --solvers maml anil imaml fomaml reptile meha --steps 300 --test-tasks 200",
         minutes=2,
-        seconds=60,
+        seconds=80,
     ),
     Figure(
         "few_shot_sinusoids",
@@ -189,7 +189,7 @@ FIGURES = (
         "experiments.few_shot --dataset sinusoid --cores 1 --solvers maml fomaml reptile imaml",
         "experiments.few_shot --dataset sinusoid --cores 1 --solvers maml fomaml reptile imaml",
         minutes=1,
-        seconds=30,
+        seconds=45,
     ),
     Figure(
         "maml_theory",
@@ -209,7 +209,7 @@ FIGURES = (
         "experiments.learned_regularisation",
         "experiments.learned_regularisation --seconds 8",
         minutes=3.5,
-        seconds=100,
+        seconds=90,
     ),
     Figure(
         "newsgroups_learned",
@@ -219,7 +219,7 @@ FIGURES = (
         "experiments.learned_regularisation --solvers amigo soba fixed_x --outer adam --outer-rate 0.05 --seconds 100",
         "experiments.learned_regularisation --solvers amigo soba fixed_x --outer adam --outer-rate 0.05 --seconds 20",
         minutes=6,
-        seconds=100,
+        seconds=90,
     ),
     Figure(
         "hyper_representation",
@@ -229,14 +229,14 @@ FIGURES = (
         "experiments.hyper_representation",
         "experiments.hyper_representation",
         minutes=0.5,
-        seconds=30,
+        seconds=25,
     ),
     Figure(
         "hyper_representation_deep",
         "Hyper-representation, two layers",
-        "The same with two sigmoid layers, on 1,000 rows.",
+        "The same with two sigmoid layers.",
         PZOBO,
-        "experiments.hyper_representation --layers deep --seeds 1 --rows 1000",
+        "experiments.hyper_representation --layers deep --seeds 1 --solvers pzobo pzobo_unit fo_itd_bio aid_fp aid_cg hozog",
         "experiments.hyper_representation --layers deep --seeds 1 --rows 1000",
         minutes=4,
         seconds=60,
@@ -249,7 +249,7 @@ FIGURES = (
         "experiments.rates",
         "experiments.rates --seeds 3 --repeats 8",
         minutes=4,
-        seconds=150,
+        seconds=170,
     ),
     Figure(
         "lower_bounds",
@@ -269,7 +269,7 @@ FIGURES = (
         "experiments.asynchronous --dataset mnist",
         "experiments.asynchronous --dataset mnist --seeds 1 --steps 1000",
         minutes=15,
-        seconds=140,
+        seconds=75,
     ),
     Figure(
         "asynchronous_fashion_mnist",
@@ -279,7 +279,7 @@ FIGURES = (
         "experiments.asynchronous --dataset fashion_mnist",
         "experiments.asynchronous --dataset fashion_mnist --seeds 1 --steps 1000",
         minutes=15,
-        seconds=140,
+        seconds=75,
     ),
     Figure(
         "asynchronous_ijcnn1",
@@ -289,7 +289,7 @@ FIGURES = (
         "experiments.asynchronous --task regularisation",
         "experiments.asynchronous --task regularisation --seeds 1",
         minutes=5,
-        seconds=60,
+        seconds=25,
     ),
     Figure(
         "asynchronous_covtype",
@@ -299,7 +299,7 @@ FIGURES = (
         "experiments.asynchronous --task regularisation --dataset covtype",
         "experiments.asynchronous --task regularisation --dataset covtype --seeds 1",
         minutes=10,
-        seconds=60,
+        seconds=40,
     ),
     Figure(
         "asynchronous_digits",
@@ -309,7 +309,7 @@ FIGURES = (
         "experiments.asynchronous",
         "experiments.asynchronous",
         minutes=2,
-        seconds=60,
+        seconds=22,
     ),
     Figure(
         "asynchronous_digits_published",
@@ -341,7 +341,7 @@ FIGURES = (
         "experiments.asynchronous --task toy",
         "experiments.asynchronous --task toy",
         minutes=1,
-        seconds=25,
+        seconds=26,
     ),
     Figure(
         "asynchronous_scaling",
@@ -371,7 +371,7 @@ FIGURES = (
         "What SABA on digits records in a run that goes on after it was killed; with --kills it is, and nothing differs.",
         "",
         "experiments.long_run",
-        "experiments.long_run --steps 20000",
+        "experiments.long_run",
         minutes=1,
         seconds=15,
     ),

@@ -79,7 +79,7 @@ def fakes(tmp_path, monkeypatch):
 
 
 def figure(name, laptop, **changes):
-    return Figure(name, f"<{name}> & co", "shows", "Someone, 2022, arXiv 2201.13409", "fake_new", laptop, 1.0, 1.0, **changes)
+    return Figure(name, f"<{name}> & co", "shows", "Someone, 2022, arXiv 2201.13409", "fake_new", laptop, 1.0, 2.0, **changes)
 
 
 class Links(HTMLParser):
@@ -261,7 +261,7 @@ def test_a_page_is_escaped_and_says_what_is_missing(fakes, tmp_path):
     found = Links(text)
     assert "<odd> & co" in found.text
     assert "python -m fake_new --text '<b>' --out results/odd" in found.text
-    assert "On a laptop (this picture)" in found.text
+    assert "On a laptop, about 2 seconds of processor time (this picture)" in found.text
     assert "Not drawn yet." in found.text
     assert "https://arxiv.org/abs/2201.13409" in found.links
     missing = page([Shown(one, one.laptop, "odd.png", tmp_path)], "")

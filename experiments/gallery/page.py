@@ -71,9 +71,10 @@ def section(entry: Shown) -> str:
     else:
         picture = f'<a href="{escape(address)}"><img src="{escape(address)}" alt="{escape(figure.title)}" loading="lazy"></a>'
     paper = f"<p>Paper: {linked(escape(figure.paper))}</p>\n" if figure.paper else ""
-    kinds = {"As reported": figure.command, "On a laptop": figure.laptop}
+    short = f"about {figure.seconds:g} seconds of processor time"
+    kinds = {f"As reported, about {figure.minutes:g} minutes": figure.command, f"On a laptop, {short}": figure.laptop}
     if figure.command == figure.laptop:
-        kinds = {"As reported, and on a laptop": figure.command}
+        kinds = {f"As reported, and on a laptop, {short}": figure.command}
     commands = "\n".join(
         f"<dt>{kind}{' (this picture)' if line == command else ''}</dt>"
         f"<dd><pre><code>python -m {escape(line)} --out results/{figure.name}</code></pre></dd>"
