@@ -95,7 +95,8 @@ def test_runs(name, short, monkeypatch):
     for before, after in zip(committed, run, strict=True):
         assert kinds(before) == kinds(after), after.source
         assert not FOREIGN.search("\n".join(texts(after))), after.source
-    assert shown(name, run)
+    if not (short and name == "few_shot"):  # seven digits teach little about the other three
+        assert shown(name, run)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -107,6 +108,7 @@ def test_committed_outputs(name):
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert notebook.metadata.kernelspec.name == "python3"
     cells = code(notebook)
+    assert shown(name, cells)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
         found = kinds(cell)
