@@ -217,7 +217,8 @@ FIGURES = (
         "The same at settings at which the weights of the words do move, beside weights that stay at 0.",
         STOCBIO,
         "experiments.learned_regularisation --solvers amigo soba fixed_x --outer adam --outer-rate 0.05 --seconds 100",
-        "experiments.learned_regularisation --solvers amigo soba fixed_x --outer adam --outer-rate 0.05 --seconds 20",
+        "experiments.learned_regularisation --solvers amigo soba fixed_x --outer adam --outer-rate 0.05 --seconds 20 "
+        "--vocabulary 10000",
         minutes=6,
         seconds=90,
     ),

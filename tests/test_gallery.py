@@ -1,6 +1,7 @@
 """The table of figures, the program that makes them again, and the page that shows them."""
 
 import csv
+import dataclasses
 import fcntl
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 from experiments import data_cleaning
 from experiments.catalogue import FIGURES, Figure, parse
 from experiments.gallery import __main__ as gallery
-from experiments.gallery.page import Shown, page, settings
+from experiments.gallery.page import APART, Shown, page, settings
 from experiments.reproduce import Config, Work, reproduce, reproduced
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +123,21 @@ def test_commands_parse(one):
     assert parse(one.command) is not None
     if one.laptop:
         assert type(parse(one.laptop)) is type(parse(one.command))
+
+
+def test_saved_results_are_those_of_the_commands():
+    compared = 0
+    for one in FIGURES:
+        path = ROOT / "experiments" / "saved" / one.name / "config.json"
+        if path.exists():
+            known = json.loads(path.read_text())["settings"]
+            told = json.loads(json.dumps(dataclasses.asdict(parse(one.command)), default=str))
+            told = {  # None: a default
+                name: value for name, value in told.items() if value is not None and name in known and name not in APART
+            }
+            assert {name: known[name] for name in told} == told, one.name
+            compared += len(told)
+    assert compared
 
 
 def test_a_shorter_thesis_keeps_the_proportions_of_its_solvers():
