@@ -142,7 +142,7 @@ def test_saved_results_are_those_of_the_commands():
 
 def test_a_shorter_thesis_keeps_the_proportions_of_its_solvers():
     whole, half = (data_cleaning.rates(data_cleaning.Config(setting="thesis", shorter=k)) for k in (1, 2))
-    assert {name: rates.updates for name, rates in half.items()} == {n: rates.updates // 2 for n, rates in whole.items()}
+    assert {name: rates.updates for name, rates in half.items()} == {n: (rates.updates or 0) // 2 for n, rates in whole.items()}
     for wrong in ({"shorter": 0, "setting": "thesis"}, {"shorter": 2}, {"shorter": 2, "setting": "meha", "steps": 10}):
         with pytest.raises(SystemExit, match=f"--shorter: got {wrong['shorter']}, expected 1, or"):
             data_cleaning.main(data_cleaning.Config(**wrong))
