@@ -135,8 +135,6 @@ def test_the_readme_runs(tmp_path):
     assert len(lines) == 2
     where = os.environ | {
         "CLONE": str(clone),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles in half the time
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     command = "benchopt run $CLONE --config experiments/benchopt_plugin/quadratic.yml -n 15 -r 1 --no-plot --no-cache"
