@@ -169,7 +169,7 @@ FIGURES = (
         "experiments.few_shot --dataset omniglot --solvers maml anil",
         "experiments.few_shot --dataset omniglot --solvers maml anil --steps 500 --evaluations 5 --test-tasks 200",
         minutes=9,
-        seconds=150,
+        seconds=148,
     ),
     Figure(
         "few_shot_digits",
@@ -199,7 +199,7 @@ FIGURES = (
         "experiments.maml_theory",
         "experiments.maml_theory --seeds 2",
         minutes=7,
-        seconds=60,
+        seconds=115,
     ),
     Figure(
         "newsgroups",
@@ -209,7 +209,7 @@ FIGURES = (
         "experiments.learned_regularisation",
         "experiments.learned_regularisation --seconds 8",
         minutes=3.5,
-        seconds=90,
+        seconds=44,
     ),
     Figure(
         "newsgroups_learned",
@@ -220,7 +220,7 @@ FIGURES = (
         "experiments.learned_regularisation --solvers amigo soba fixed_x --outer adam --outer-rate 0.05 --seconds 20 "
         "--vocabulary 10000",
         minutes=6,
-        seconds=90,
+        seconds=41,
     ),
     Figure(
         "hyper_representation",
@@ -374,7 +374,7 @@ FIGURES = (
         "experiments.long_run --steps 2000 --every 20 --save-every 200",
         "experiments.long_run --steps 2000 --every 20 --save-every 200",
         minutes=1,
-        seconds=15,
+        seconds=8,
     ),
 )
 
