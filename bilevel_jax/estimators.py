@@ -114,10 +114,11 @@ def ema(theta: Schedule) -> Estimator:
 
 
 class SagaState(NamedTuple):
-    """What `saga` keeps: a table of terms, its mean, and the row that is yet to be written."""
+    """What `saga` keeps: a table of terms, its mean, what the mean lacks, and the row that is yet to be written."""
 
     table: Table  # of Terms, leaves [slots, ...]: the last term seen of every block (small rows packed), but the pending row
     mean: Terms  # running mean of the table, pending row included; float32 at least
+    lost: Terms  # what rounding has kept out of the mean so far
     row: Terms  # the pending row: the terms of the last draw, not yet in the table
     slot: tuple  # int32 [], one per level: where the pending row belongs
 
@@ -133,8 +134,9 @@ def saga() -> Estimator:
     (8.5 ms against 0.2 ms on the data-cleaning problem).  So the row of an update waits in the state, and is written at the
     start of the next update, before the current row is read; ``flush`` writes it when a table is to be read from outside.
 
-    The mean is kept up to date step by step, so it drifts from the mean of the table by rounding (about
-    ``eps * sqrt(steps)`` of the size of a term).
+    The mean is kept up to date step by step, as a compensated sum (Kahan, "Further remarks on reducing truncation errors",
+    1965).  A plain sum drifts from the mean of the table in proportion to the steps: on `bilevel_jax.testing.quadratic` in
+    float32 the hypergradient at which SABA ends grew from 4e-4 after 20,000 updates to 4e-3 after 200,000.
 
     Raises:
         ValueError: (when traced) if ``batch.slot`` is missing, or counts other blocks than the table has rows.
@@ -169,18 +171,20 @@ def saga() -> Estimator:
 
         table = Table(Terms(*map(rows, zeros, found)))
         fresh = jax.tree.map(jnp.zeros_like, zeros)
-        return SagaState(table, widen(zeros), fresh, tuple(jnp.zeros((), jnp.int32) for _ in found))
+        lost = jax.tree.map(jnp.zeros_like, widen(zeros))
+        return SagaState(table, widen(zeros), lost, fresh, tuple(jnp.zeros((), jnp.int32) for _ in found))
 
     def update(oracle: Any, vars: Vars, batch: Batch, count: Array, state: SagaState) -> tuple[Vars, SagaState]:
         del count
         raw = oracle(vars, batch)
         new, unpack = _pack(raw)
         table = flush(state).table.rows
-        parts, means, indices = [], [], []
-        for part, tab, mean, slot in zip(new, table, state.mean, slots(new, batch), strict=True):
+        parts, means, losts, indices = [], [], [], []
+        for part, tab, mean, lost, slot in zip(new, table, state.mean, state.lost, slots(new, batch), strict=True):
             if slot is None:
                 parts.append(part)
                 means.append(mean)
+                losts.append(lost)
                 indices.append(jnp.zeros((), jnp.int32))
                 continue
             held = {np.shape(t)[0] for t in jax.tree.leaves(tab)}
@@ -189,9 +193,11 @@ def saga() -> Estimator:
             old = jax.tree.map(lambda t, i=slot.index: lax.dynamic_index_in_dim(t, i, 0, keepdims=False), tab)
             change = jax.tree.map(jnp.subtract, widen(part), widen(old))
             parts.append(narrow(jax.tree.map(jnp.add, change, mean), part))
-            means.append(jax.tree.map(lambda m, c, n=slot.count: m + c / n, mean, change))
+            step = jax.tree.map(lambda c, r, n=slot.count: c / n + r, change, lost)
+            means.append(jax.tree.map(jnp.add, mean, step))
+            losts.append(jax.tree.map(lambda r, after, before: r - (after - before), step, means[-1], mean))
             indices.append(slot.index)
-        return total(unpack(Terms(*parts))), SagaState(Table(Terms(*table)), Terms(*means), new, tuple(indices))
+        return total(unpack(Terms(*parts))), SagaState(Table(Terms(*table)), Terms(*means), Terms(*losts), new, tuple(indices))
 
     return Estimator(init, update, needs_means=True)
 
