@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from bilevel_jax import Batch, BilevelState, Levels, Solver, Vars
+from bilevel_jax import Batch, BilevelState, Levels, Solver, Vars, begin, resume, run
 from bilevel_jax.estimators import page, total
 from bilevel_jax.samplers import Plan, Sampler
 from bilevel_jax.testing import Quadratic
@@ -229,6 +229,36 @@ def walk(solver: Solver, start: Vars, batches: Iterable[Batch]) -> list[Vars]:
             state = solver.update(state, batch)
             iterates.append(state.vars)
     return iterates
+
+
+def follow(solver: Solver, start: Vars, batches: list[Batch]) -> list[Any]:
+    """The states of a solver, compiled."""
+    update, state, states = jax.jit(solver.update), solver.init(start, batches[0]), []
+    for batch in batches:
+        state = update(state, batch)
+        states.append(state)
+    return states
+
+
+def check_runs(solver: Solver, sampler: Sampler, start: Vars, data: Any, steps: int, by_hand: BilevelState) -> None:
+    """A run from key 1 ends where a host loop over its batches did, mapped over keys or not, also when it is interrupted."""
+    measure = lambda vars, data: {"outer": vars.outer.mean()}
+    go = jax.jit(partial(run, solver, sampler, start, data, steps=steps, every=steps // 2, metrics=measure))
+    whole, history = go(jax.random.key(1))
+    assert history["outer"].shape == (3,)
+    check_same(whole.state, by_hand, tol=1e-13)
+    keys = jax.random.split(jax.random.key(2), 2)
+    mapped, _ = jax.jit(jax.vmap(go))(keys)
+    check_same(jax.tree.map(lambda leaf: leaf[1], mapped.state.vars), go(keys[1])[0].state.vars, tol=1e-13)
+
+    @jax.jit
+    def in_two(key: jax.Array) -> Any:
+        carry = begin(solver, sampler, start, data, key)
+        for _ in range(2):
+            carry, _ = resume(solver, sampler, carry, data, steps=steps // 2)
+        return carry
+
+    check_same(in_two(jax.random.key(1)).state, whole.state, tol=1e-14)
 
 
 #: The effort of users' compilers, where that of the tests is small (see `conftest.py`).

@@ -18,12 +18,10 @@ from bilevel_jax import (
     Result,
     Solver,
     Vars,
-    begin,
     descend,
     guard,
     implicit,
     linear_solve,
-    resume,
     run,
     samplers,
     solve_aux,
@@ -34,7 +32,7 @@ from bilevel_jax import (
 from bilevel_jax.distributed import fednest, per_agent
 from bilevel_jax.distributed.fednest import rounds, sent_bytes
 from bilevel_jax.testing import Quadratic, quadratic
-from tests.checks import check_same
+from tests.checks import check_runs, check_same, follow
 from tests.references import inner_terms, outer_terms
 from tests.tables import distance
 
@@ -57,14 +55,6 @@ def draws(solver: Solver, data: Levels, updates: int, sampler: samplers.Sampler 
     sampler = samplers.full() if sampler is None else sampler
     make = jax.jit(lambda t: sampler.batches(data, jax.random.key(1), t, solver.draws))
     return [make(t * solver.draws) for t in range(updates)]
-
-
-def follow(solver: Solver, start: Vars, batches: list[Batch]) -> list[Any]:
-    update, state, states = jax.jit(solver.update), solver.init(start, batches[0]), []
-    for batch in batches:
-        state = update(state, batch)
-        states.append(state)
-    return states
 
 
 # ---- what it reduces to -----------------------------------------------------------------------------------------------
@@ -257,21 +247,8 @@ def test_the_correction_in_x_keeps_the_solution(q):
 def test_runs_are_jitted_mapped_and_resumed(q):
     solver = fednest(q.problem, **RATES, inner_rounds=2, local_steps=2, neumann_terms=3)
     sampler, data = per_agent(samplers.uniform(1)), split(q)
-    go = partial(run, solver, sampler, q.start, data, steps=4)
-    whole, _ = jax.jit(go)(jax.random.key(1))
-    check_same(whole.state, follow(solver, q.start, draws(solver, data, 4, sampler))[-1], tol=1e-13)
-    keys = jax.random.split(jax.random.key(2), 2)
-    mapped, _ = jax.jit(jax.vmap(go))(keys)
-    check_same(jax.tree.map(lambda leaf: leaf[1], mapped.state.vars), jax.jit(go)(keys[1])[0].state.vars, tol=1e-13)
-
-    @jax.jit
-    def in_two(key):
-        carry = begin(solver, sampler, q.start, data, key)
-        for _ in range(2):
-            carry, _ = resume(solver, sampler, carry, data, steps=2)
-        return carry
-
-    check_same(in_two(jax.random.key(1)).state, whole.state, tol=1e-14)
+    by_hand = follow(solver, q.start, draws(solver, data, 4, sampler))[-1]
+    check_runs(solver, sampler, q.start, data, 4, by_hand)
 
 
 @pytest.mark.slow

@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax import Batch, Levels, Problem, Result, Solver, Vars, begin, guard, resume, run, samplers, solvers, spent, worst
+from bilevel_jax import Batch, Levels, Problem, Result, Solver, Vars, guard, run, samplers, solvers, spent, worst
 from bilevel_jax.distributed import complete, d_soba, gossip, metropolis, per_agent, ring, spectral_gap
 from bilevel_jax.distributed.gossip import messages, mix, sent_bytes
 from bilevel_jax.testing import Quadratic, quadratic
-from tests.checks import check_same
+from tests.checks import check_runs, check_same, follow
 from tests.references import inner_terms, outer_terms
 from tests.tables import distance
 
@@ -38,14 +38,6 @@ def draws(q: Quadratic, solver: Solver, updates: int, seed: int = 1) -> list[Bat
     """Blocks of one row: every agent its own."""
     sampler = jax.jit(lambda t: per_agent(samplers.uniform(1)).batches(split(q), jax.random.key(seed), t, solver.draws))
     return [sampler(t * solver.draws) for t in range(updates)]
-
-
-def follow(solver: Solver, start: Any, batches: list[Batch]) -> list[Any]:
-    update, state, states = jax.jit(solver.update), solver.init(start, batches[0]), []
-    for batch in batches:
-        state = update(state, batch)
-        states.append(state)
-    return states
 
 
 def scattered(q: Quadratic) -> Vars:
@@ -206,25 +198,9 @@ def test_mixing_keeps_dtypes():
 
 
 def test_runs_are_jitted_mapped_and_resumed(q):
-    sampler, metrics = per_agent(samplers.uniform(1)), lambda vars, data: {"outer": vars.outer.mean()}
-    solver, data = d_soba(q.problem, OPTS, ring(AGENTS)), split(q)
-    go = partial(run, solver, sampler, q.start, data, steps=6, every=3, metrics=metrics)
-    whole, history = jax.jit(go)(jax.random.key(1))
-    assert history["outer"].shape == (3,)
+    solver = d_soba(q.problem, OPTS, ring(AGENTS))
     by_hand = follow(solver, q.start, draws(q, solver, 6))[-1]
-    check_same(whole.state, by_hand, tol=1e-13)
-    keys = jax.random.split(jax.random.key(2), 2)
-    mapped, _ = jax.jit(jax.vmap(go))(keys)
-    check_same(jax.tree.map(lambda leaf: leaf[1], mapped.state.vars), jax.jit(go)(keys[1])[0].state.vars, tol=1e-13)
-
-    @jax.jit
-    def in_two(key):
-        carry = begin(solver, sampler, q.start, data, key)
-        for _ in range(2):
-            carry, _ = resume(solver, sampler, carry, data, steps=3)
-        return carry
-
-    check_same(in_two(jax.random.key(1)).state, whole.state, tol=1e-14)
+    check_runs(solver, per_agent(samplers.uniform(1)), q.start, split(q), 6, by_hand)
 
 
 def test_the_matrix_may_be_traced(q):
