@@ -43,7 +43,7 @@ def session():
 
 @pytest.fixture(scope="module")
 def leaving():
-    """Agents of a Ray whose master was killed: they try for a minute to tell it so, while other tests run, and then they go."""
+    """Agents of a Ray whose master was killed: they try for a while to tell it so, while other tests run, and then they go."""
     processes = []
     yield processes
     _, alive = psutil.wait_procs(processes, timeout=75)
@@ -101,9 +101,10 @@ def listening(processes):
 
 def test_a_master_that_is_killed_goes_on_from_its_checkpoint(tmp_path, leaving):
     command = [sys.executable, "-m", "tests.cluster_jobs", str(tmp_path / "run")]
+    environment = os.environ | {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}  # and not a minute
 
     def start(steps):
-        return subprocess.Popen([*command, str(steps)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen([*command, str(steps)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
     with start(10_000) as first:
         assert first.stdout is not None
