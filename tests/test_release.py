@@ -91,7 +91,7 @@ def test_pure_dependencies():
     """The core needs what it imports: no extra may slip in, and every extra of an extra is one."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {re.split(r"[<>=\[]", entry)[0] for entry in project["dependencies"]}
-    assert {"jax", "optax"} <= names <= {"jax", "optax", "chex", "numpy"}
+    assert {"jax", "optax"} <= names <= {"jax", "optax", "numpy"}
     for entries in project["optional-dependencies"].values():
         for entry in entries:
             if nested := re.match(r"bilevel-jax\[(.*)\]", entry):
