@@ -68,7 +68,7 @@ FIGURES = (
         "experiments.data_cleaning --dataset mnist --corruption 0.5 --solvers soba ma_soba saba srba fsla --seeds 10",
         "experiments.data_cleaning --dataset mnist --corruption 0.5 --solvers soba ma_soba saba srba fsla --seeds 2",
         minutes=9,
-        seconds=80,
+        seconds=84,
     ),
     Figure(
         "digits_cleaning",
@@ -149,7 +149,7 @@ FIGURES = (
         "experiments.group_lasso --features 600 1200 2400 3600",
         "experiments.group_lasso --features 600",
         minutes=15,
-        seconds=40,
+        seconds=36,
     ),
     Figure(
         "architecture_search",
@@ -199,7 +199,7 @@ FIGURES = (
         "experiments.maml_theory",
         "experiments.maml_theory --seeds 2",
         minutes=7,
-        seconds=115,
+        seconds=120,
     ),
     Figure(
         "newsgroups",

@@ -30,6 +30,7 @@ import optuna
 import pandas as pd
 import sklearn
 import tyro
+from matplotlib.ticker import LogLocator
 from tqdm import tqdm
 
 import bilevel_jax
@@ -290,6 +291,7 @@ def draw(config: Config, history: pd.DataFrame) -> None:
                 axis.plot(part[work], part[metric], style, color=COLORS[name], label=label, linewidth=1.6)
             axis.set(xscale="log", xlabel=work.replace("_", " "), yscale="log", ylabel=metric.replace("_", " "))
             axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))  # of more of them the labels would overlap
             axis.yaxis.set_minor_formatter("{x:g}")
             axis.set_title(f"{size} features")
             axis.title.set_fontsize(9)
