@@ -17,6 +17,8 @@ REFERENCES = {
     "conditions, JMLR 2024, arXiv 2306.12067",
     "FSLA": "Li, Gu, Huang, A fully single loop algorithm for bilevel optimization without Hessian inverse, AAAI 2022, "
     "arXiv 2112.04660",
+    "AmIGO": "Arbel, Mairal, Amortized implicit differentiation for stochastic bilevel optimization, ICLR 2022, "
+    "arXiv 2111.14580",
     "F2SA-p": "Chen, Li, Chayti, Zhang, Faster gradient methods for highly-smooth stochastic bilevel optimization, ICLR 2026, "
     "arXiv 2509.02937",
     "ANIL": "Raghu, Raghu, Bengio, Vinyals, Rapid learning or feature reuse? Towards understanding the effectiveness of MAML, "
@@ -113,6 +115,13 @@ BODY = Body(
         ),
         Claim(
             "FSLA: the squared gradient falls like K^-1/2", "FSLA", "theorem", "-1/2", runs=("rates",), measure=slope("FSLA")
+        ),
+        Claim(
+            "AmIGO: v, kept from update to update, saves calls against a Neumann sum that starts anew",
+            "AmIGO",
+            "title: amortized",
+            runs=("thesis_cleaning",),
+            measure=amigo_ahead,
         ),
         Claim(
             "F2SA-p with p = 2 needs g - f / lambda to be convex: it fails where the inner loss is merely convex",

@@ -160,7 +160,7 @@ def group_lasso(*rivals: str, seconds: str = "seconds") -> Callable[[Saved], Fou
         names = {"tpe": "TPE"}
         ours, parts = [], {}
         for rival in rivals:
-            errors = (table["test_error"][rival] - table["test_error"]["meha"]).round(2)
+            errors = (table["test_error"][rival] - table["test_error"]["meha"]).round(2) + 0.0  # not -0.00
             times = table[seconds][rival] / table[seconds]["meha"]
             word = names.get(rival, rival)
             spans = f"{errors.min():+.2f} to {errors.max():+.2f}", f"{times.min():.2g} to {times.max():.2g}"

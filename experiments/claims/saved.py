@@ -40,6 +40,10 @@ MORE = {
     "ijcnn1_fsla": "experiments.hyperparameter_selection --dataset ijcnn1 --solvers fsla --seeds 3",
     "mnist_cleaning_70": "experiments.data_cleaning --dataset mnist --corruption 0.7 --solvers soba saba fsla --seeds 3",
     "mnist_cleaning_90": "experiments.data_cleaning --dataset mnist --corruption 0.9 --solvers soba saba fsla --seeds 3",
+    "mnist_cleaning_bsa": "experiments.data_cleaning --dataset mnist --corruption 0.5 --solvers bsa --step-size 0.316 "
+    "--outer-ratio 1e-5 --seeds 1",
+    "mnist_cleaning_stocbio": "experiments.data_cleaning --dataset mnist --corruption 0.5 --solvers stocbio --step-size 0.0316 "
+    "--outer-ratio 1e-4 --seeds 1",
     "newsgroups_batches": "experiments.learned_regularisation --solvers stocbio --batch-sizes 100 500 1000 2000",
     "speed_first_order": "experiments.speed first_order --torch-python PYTHON",
 }
@@ -63,6 +67,12 @@ class Saved(NamedTuple):
             advice = f"run `python -m {command(name)}` and `python -m experiments.claims --save FOLDER --as {name}`"
             raise SystemExit(f"--saved: got {self.folder}, which has no {name}/{file}: {advice}")
         return pd.read_csv(path)
+
+    def code(self, name: str, solver: str) -> str:
+        """How a solver ended, in brackets; nothing where it did so well, or where the experiment does not say."""
+        path = self.folder / name / "results.json"
+        codes = json.loads(path.read_text()).get(solver, []) if path.is_file() else []
+        return "".join(f" ({code})" for code in sorted(set(codes) - {"SUCCESSFUL"}))
 
     def row(self, name: str, file: str, claim: str) -> Any:
         """The row of a table of claims of an experiment."""

@@ -278,5 +278,5 @@ UNCHECKABLE = (
 BODY = Body(
     "The bilevel thesis and its companion papers",
     REFERENCES,
-    (*STOCBIO, *MOMENTUM, *LOWER, *META, *ZEROTH, *UNCHECKABLE),
+    (*STOCBIO, *CLEANED, *MOMENTUM, *LOWER, *META, *ZEROTH, *DEEP, *FEW_SHOT, *UNCHECKABLE),
 )

@@ -153,7 +153,10 @@ def itd_first(saved: Saved) -> Found:
     )
     parts = {f"ITD-BiO sooner than {TITLES[s]}": bool(way["itd_bio"] < way[s]) for s in ("maml", "anil")}
     parts["first-order sooner than ITD-BiO"] = bool(way["fo_itd_bio"] < way["itd_bio"])
-    return Found(f"seconds to {percent(level, 1)}: {named(way)}", parts)
+    ours = ", ".join(
+        f"{TITLES[str(s)]} {'never' if np.isinf(seconds) else format(seconds, '.0f')}" for s, seconds in way.items()
+    )
+    return Found(f"seconds to {percent(level, 1)}: {ours}", parts)
 
 
 # ---- MAML, ANIL, bounds -----------------------------------------------------------------------------------------------
