@@ -73,8 +73,8 @@ class Config:
     """inner steps of all methods, in training and at test time (default: the setting's for each)"""
     loop: Literal["auto", "vmap", "map", "scan", "unrolled"] = "auto"
     """over the tasks"""
-    cores: int = 2
-    """devices that share the tasks of a batch; a CPU is split into so many"""
+    cores: int | None = None
+    """devices that share the tasks of a batch; a CPU is split into so many (default: 2, or 1 for an odd number of tasks)"""
     seed: int = 0
     """of the start, the tasks of training and the held-out tasks"""
     out: Path = Path("results")
@@ -100,8 +100,8 @@ class Config:
         if unknown:
             raise SystemExit(f"--solvers: got {', '.join(unknown)}, expected some of {', '.join(self.numbers.rates)} here")
         for name, value in (("tasks", self.numbers.tasks), ("test-tasks", self.test_tasks)):
-            if value % self.cores:
-                raise SystemExit(f"--{name}: got {value}, expected a multiple of --cores = {self.cores}")
+            if value % self.devices:
+                raise SystemExit(f"--{name}: got {value}, expected a multiple of --cores = {self.devices}")
         for name in self.solvers:
             every = self.evaluations * ((self.inner_steps or self.numbers.rates[name].steps) if name == "meha" else 1)
             if self.updates(name) % every:
@@ -117,6 +117,11 @@ class Config:
                 updates=self.steps, rates={name: rates._replace(updates=None) for name, rates in setting.rates.items()}
             )
         return setting._replace(**{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def devices(self) -> int:
+        """That share the tasks."""
+        return self.cores or 2 - self.numbers.tasks % 2
 
     def updates(self, name: str) -> int:
         """Of a method."""
@@ -140,7 +145,7 @@ class World(NamedTuple):
 def world(config: Config) -> World:
     """That of the data set."""
     setting, rngs = config.numbers, nnx.Rngs(config.seed)
-    tasks = setting.tasks // config.cores
+    tasks = setting.tasks // config.devices
     if config.dataset == "sinusoid":
         ranges = Levels(inner=jnp.asarray(SINUSOIDS))
         model = functional(MLP(1, 1, widths=(40, 40), rngs=rngs))
@@ -195,14 +200,14 @@ def world(config: Config) -> World:
 
 def main(config: Config) -> pd.DataFrame:
     """Run the comparison."""
-    mesh = devices(config.cores)
+    mesh = devices(config.devices)
     options = Options(out=config.out, resume=config.resume, overwrite=config.overwrite)
     record = {**dataclasses.asdict(config), "numbers": repr(config.numbers)}
     Store.check(options, record)
     known = world(config)
     methods: dict[Name, Method] = {
         name: build(
-            name, known.loss, known.model, config.numbers, loop=config.loop, shared=config.cores, inner_steps=config.inner_steps
+            name, known.loss, known.model, config.numbers, loop=config.loop, shared=config.devices, inner_steps=config.inner_steps
         )
         for name in config.solvers
     }
@@ -249,7 +254,7 @@ def _run_one(
     train, test = jax.device_put((known.train, known.test), everywhere)
     checks.finite("data", known.train)
     sampler = held(known.sampler, method.hold)
-    own = apart(sampler) if config.cores > 1 else sampler
+    own = apart(sampler) if config.devices > 1 else sampler
 
     def split(function: Any, specs: Any, out: Any) -> Any:
         return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False))
