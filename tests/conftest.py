@@ -1,27 +1,30 @@
 """Strict settings for every test of this folder; the doctests of the package run before, under a user's own settings.
 
-Most of the time of the tests goes into compiling programs that run for a moment, so that all of them, also the doctests and
-the processes that tests start, are compiled with little effort.  Tests that look at programs (`tests.checks.optimised`)
-compile as users do.
+Most of the time of the tests goes into compiling programs that run for a moment, so that they are compiled with little
+effort.  Tests that look at programs (`tests.checks.optimised`) compile as users do.
 """
 
 import os
 
-# Before jax is imported:
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
 
 import jax
 import pytest
 from hypothesis import settings
 
+# Also for doctests, whose numbers these leave as they are, and for the processes that tests start.
 if jax.__version_info__ < (0, 12):  # a flag that XLA does not know ends the process
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 
 settings.register_profile("tests", derandomize=True, deadline=None, max_examples=15)
 settings.load_profile("tests")
 
-STRICT = {"jax_enable_x64": True, "jax_numpy_rank_promotion": "raise", "jax_numpy_dtype_promotion": "strict"}
+STRICT = {
+    "jax_enable_x64": True,
+    "jax_numpy_rank_promotion": "raise",
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_disable_most_optimizations": True,
+}
 
 
 @pytest.fixture(scope="package", autouse=True)

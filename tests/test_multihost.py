@@ -32,6 +32,7 @@ def after(name, problem, sizes, data):
 def work(coordinator: str, process: str, out: str) -> None:
     """One of two processes: each puts its own rows on its own devices."""
     jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_disable_most_optimizations", True)
     writes = join(Processes(coordinator, process))
     mesh, index = data_mesh(), jax.process_index()
     assert (mesh.size, jax.local_device_count(), jax.process_count()) == (4, 2, 2)

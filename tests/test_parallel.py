@@ -161,6 +161,7 @@ def main(dtype: str, *names: str) -> None:
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_disable_most_optimizations", True)
     found: dict[str, Any] = {"devices": jax.device_count(), "solvers": differences(list(names or SOLVERS), dtype)}
     if names:
         mesh = data_mesh()
