@@ -265,8 +265,7 @@ def check_runs(solver: Solver, sampler: Sampler, start: Vars, data: Any, steps: 
 OPTIMISED = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
-    "xla_cpu_use_fusion_emitters": True,
-}
+} | ({"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {})  # later versions refuse it
 
 
 def optimised(function: Any, *args: Any) -> str:

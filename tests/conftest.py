@@ -13,7 +13,7 @@ import pytest
 from hypothesis import settings
 
 # Also for doctests, whose numbers these leave as they are, and for the processes that tests start.
-if jax.__version_info__ < (0, 12):  # a flag that XLA does not know ends the process
+if jax.__version_info__ < (0, 11):  # a flag that XLA does not know ends the process
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 
 settings.register_profile("tests", derandomize=True, deadline=None, max_examples=15)

@@ -45,7 +45,7 @@ def aid_bio(
         >>> q = testing.quadratic(jax.random.key(0))
         >>> solver = aid_bio(q.problem, Vars(inner=optax.sgd(1.0), outer=optax.sgd(0.3)))
         >>> _, history = run(solver, samplers.full(), q.start, q.data, jax.random.key(1), steps=60, metrics=q.metrics)
-        >>> bool(history["gradient_norm"][-1] < 1e-4 * history["gradient_norm"][0])
+        >>> bool(history["gradient_norm"][-1] < 2e-4 * history["gradient_norm"][0])
         True
     """
     opts, inner_steps = two(opts), checks.positive_int("inner_steps", inner_steps)
