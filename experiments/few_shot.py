@@ -207,7 +207,13 @@ def main(config: Config) -> pd.DataFrame:
     known = world(config)
     methods: dict[Name, Method] = {
         name: build(
-            name, known.loss, known.model, config.numbers, loop=config.loop, shared=config.devices, inner_steps=config.inner_steps
+            name,
+            known.loss,
+            known.model,
+            config.numbers,
+            loop=config.loop,
+            shared=config.devices,
+            inner_steps=config.inner_steps,
         )
         for name in config.solvers
     }
