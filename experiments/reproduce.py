@@ -7,7 +7,7 @@ Into ``--out``, for a figure NAME: its folder of results, *NAME.log* (what its c
 its seconds, and whether it is finished); *times.csv*; *index.html*, the page.
 
 The same call again does what is missing.  A command that was interrupted goes on where it was saved if it has ``--resume``, and
-starts again otherwise.  One that fails does not stop the others: the names are printed at the end, and the exit code is 1.
+starts again otherwise, as does one that has outlived a killed call of this program.  One that fails does not stop the others: the names are printed at the end, and the exit code is 1.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import tyro
@@ -76,7 +76,7 @@ class Work(NamedTuple):
         """Its command, and how long it took."""
         return self.out / f"{self.name}.json"
 
-    def known(self) -> dict[str, object]:
+    def known(self) -> dict[str, Any]:
         """The record; empty before the first run."""
         return json.loads(self.record.read_text()) if self.record.exists() else {}
 
@@ -123,9 +123,11 @@ def start(work: Work) -> Running:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RefusedError(f"{work.folder} is being written to by a command that still runs") from None
+        if work.finished():
+            raise RefusedError(f"{work.folder} has been finished by another call in the meantime")
         line, before = [*shlex.split(work.command), "--out", str(work.folder)], 0.0
         if work.folder.exists() and any(work.folder.rglob("config.json")) and hasattr(parse(work.command), "resume"):
-            line, before = [*line, "--resume"], float(str(known["seconds"]))
+            line, before = [*line, "--resume"], known["seconds"]
         else:
             shutil.rmtree(work.folder, ignore_errors=True)
             log.truncate(0)
@@ -165,7 +167,9 @@ def run(works: Sequence[Work], jobs: int) -> dict[str, str]:
     """
     waiting, running, failed = [work for work in works if not work.finished()], [], {}
     every = 1.0 if sys.stderr.isatty() else 30.0  # seconds between two lines of progress
-    with tqdm(total=len(works), initial=len(works) - len(waiting), unit="figure", file=sys.stderr, mininterval=every) as bar:
+    with tqdm(
+        total=len(works), initial=len(works) - len(waiting), unit="figure", file=sys.stderr, mininterval=every, miniters=0
+    ) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -187,7 +191,7 @@ def run(works: Sequence[Work], jobs: int) -> dict[str, str]:
                     bar.update()
                 bar.set_postfix_str(", ".join(f"{one.work.name} {one.seconds:.0f} s" for one in running), refresh=False)
                 bar.update(0)
-        except KeyboardInterrupt:
+        except BaseException:  # an interruption, a full disk: nothing goes on unseen
             stop(running)
             raise
     return failed
@@ -207,7 +211,7 @@ def reproduced(out: Path, figures: Sequence[Figure] = FIGURES) -> str:
         if known and figure.drawn:
             picture = f"{figure.name}/figure.png"
             address = picture if known["finished"] and (out / picture).exists() else None
-            shown.append(Shown(figure, str(known["command"]), address, out / figure.name))
+            shown.append(Shown(figure, known["command"], address, out / figure.name))
     return page(shown, "Each picture was made by the command named beside it, on this machine.")
 
 
@@ -247,5 +251,6 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT is ignored behind an "&" of a script
-        signal.signal(number, signal.default_int_handler)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup asks for
+            signal.signal(number, signal.default_int_handler)
     main(tyro.cli(Config))
