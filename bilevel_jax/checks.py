@@ -4,6 +4,9 @@ Everything here looks at shapes and types only (but `finite`, which needs concre
 is traced and costs the compiled program nothing.
 """
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -49,9 +52,71 @@ def transformation(name: str, opt: Any) -> None:
         raise TypeError(f"{name}: got {type(opt).__name__}, expected an optax transformation")
 
 
+def kind(name: str, value: Any, wanted: Any, expected: str) -> None:
+    """Raise TypeError unless ``value`` is an instance of ``wanted``, which the message calls ``expected``."""
+    if not isinstance(value, wanted):
+        raise wrong_kind(name, value, wanted, expected)
+
+
+def wrong_kind(name: str, value: Any, wanted: Any, expected: str) -> TypeError:
+    """The error; where ``value`` is a function that makes what is wanted, it asks whether it was to be called."""
+    if not inspect.isfunction(value):
+        given = f"{value!r} of type {type(value).__name__}" if isinstance(value, str | int | float) else type(value).__name__
+        return TypeError(f"{name}: got {given}, expected {expected}")
+    signature, hint = inspect.signature(value), ""
+    if signature.return_annotation in (wanted, signature.empty) and value.__name__ != "<lambda>":
+        needs = any(
+            p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()
+        )
+        hint = f": did you mean {value.__name__}({'...' * needs})?"
+    return TypeError(f"{name}: got the function {value.__name__}, expected {expected}{hint}")
+
+
+def takes(function: Any, count: int) -> bool:
+    """Whether a value is a function that can be called with so many positional arguments."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # of a builtin, whose signature is not known
+        return True
+    return True
+
+
+def typed_key(name: str, key: Any) -> None:
+    """Raise TypeError or ValueError unless ``key`` is one typed key."""
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        given = describe(key) if hasattr(key, "dtype") else f"{key!r} of type {type(key).__name__}"
+        raise TypeError(f"{name}: got {given}, expected a typed key, as jax.random.key(0) makes")
+    if key.shape:
+        raise ValueError(f"{name}: got an array of keys of shape {key.shape}, expected one key: map over them with jax.vmap")
+
+
 def describe(leaf: Any) -> str:
-    """The dtype and shape of a leaf, as ``float32[3, 4]``."""
-    return f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"
+    """The dtype and shape of an array, as ``float32[3, 4]``; of anything else its type."""
+    return f"{jnp.result_type(leaf)}{list(np.shape(leaf))}" if hasattr(leaf, "dtype") else type(leaf).__name__
+
+
+class _Bare(str):
+    """Text that is printed without quotes within a pytree."""
+
+    __repr__ = str.__str__
+
+
+@contextmanager
+def evaluating(function: str, **arguments: PyTree) -> Iterator[None]:
+    """Note on an error of a user's function, while it is traced, what the function was called with."""
+    try:
+        yield
+    except Exception as error:
+        shown = []
+        for name, tree in arguments.items():
+            text = str(jax.tree.map(lambda leaf: _Bare(describe(leaf)), tree))
+            shown.append(f"{name}: {text if len(text) <= 300 else text[:300] + ' ...'}")
+        error.add_note(f"while evaluating {function}({', '.join(shown)})")
+        raise
 
 
 def path_name(name: str, path: tuple) -> str:
@@ -95,15 +160,29 @@ def leading_axis(name: str, tree: PyTree, size: int, why: str) -> None:
             )
 
 
+def arrays(name: str, data: PyTree) -> None:
+    """Raise TypeError unless all leaves of ``data`` are arrays; a list of numbers counts as one leaf."""
+
+    def numbers(node: Any) -> bool:
+        return isinstance(node, list) and not any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(node))
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(data, is_leaf=numbers):
+        if not hasattr(leaf, "shape"):
+            raise TypeError(f"{path_name(name, path)}: got {type(leaf).__name__}, expected an array")
+
+
 def rows(name: str, data: PyTree) -> int:
     """The number of samples of ``data``: the common leading axis of its leaves."""
+    arrays(name, data)
     leaves = jax.tree_util.tree_leaves_with_path(data)
     if not leaves:
         raise ValueError(f"{name}: got {data!r}, expected a pytree of arrays with samples along the leading axis")
-    sizes = {path_name(name, path): np.shape(leaf)[0] if np.ndim(leaf) else -1 for path, leaf in leaves}
-    if -1 in sizes.values() or len(set(sizes.values())) != 1:
-        raise ValueError(f"{name}: got leaves with leading axes {sizes}, expected one common number of samples")
-    size = next(iter(sizes.values()))
+    sizes = {path_name(name, path): np.shape(leaf)[0] if np.ndim(leaf) else None for path, leaf in leaves}
+    first, size = next(iter(sizes.items()))
+    differ = {first: size} | {leaf: other for leaf, other in sizes.items() if other != size}
+    if size is None or len(differ) > 1:
+        two = dict(list(differ.items())[:2])
+        raise ValueError(f"{name}: got leaves with leading axes {two}, expected one common number of samples")
     if size < 1:
         raise ValueError(f"{name}: got no samples, expected at least 1")
     return size

@@ -57,8 +57,9 @@ def hypergradient(problem: Problem, method: Method) -> Callable[..., tuple[Array
         linear solver (pass ``stats.aux`` of the last call), ``key`` is for linear solvers that draw.
 
     Raises:
-        TypeError, ValueError: (when traced) for variables that are not floating-point pytrees, a batch that is not a
-            ``Batch``, and losses that return neither a scalar nor one value a sample.
+        TypeError, ValueError: for anything but a ``Problem`` and a method; (when traced) for variables that are not
+            floating-point pytrees, a batch that is not a ``Batch``, and losses that return neither a scalar nor one value a
+            sample.
 
     Example:
         >>> from bilevel_jax import testing
@@ -69,14 +70,14 @@ def hypergradient(problem: Problem, method: Method) -> Callable[..., tuple[Array
         (True, 0)
     """
 
-    if not isinstance(problem, Problem):
-        raise TypeError(f"problem: got {type(problem).__name__}, expected Problem(inner=..., outer=...)")
+    checks.kind("problem", problem, Problem, "Problem(inner=..., outer=...)")
+    if not checks.takes(method, 5):
+        raise checks.wrong_kind("method", method, Method, "a method of bilevel_jax.hypergrad, as hypergrad.implicit(solver)")
 
     def evaluate(z: PyTree, x: PyTree, batch: Batch, guess: PyTree = None, key: Any = None) -> tuple[Array, PyTree, Stats]:
         checks.floating("z", z)
         checks.floating("x", x)
-        if not isinstance(batch, Batch):
-            raise TypeError(f"batch: got {type(batch).__name__}, expected Batch(inner=..., outer=...)")
+        checks.kind("batch", batch, Batch, "Batch(inner=..., outer=...)")
         if guess is not None:
             checks.same_shapes("guess", guess, z, "z")
         return method(bind(problem, batch), z, x, guess, key)
@@ -355,8 +356,7 @@ def usable(solver: LinearSolver | None, positive_definite: bool, tolerance: floa
     if isinstance(tolerance, int | float) and not tolerance >= 0:
         raise ValueError(f"tolerance: got {tolerance}, expected at least 0")
     solver = linear_solve.auto(positive_definite=positive_definite) if solver is None else solver
-    if not isinstance(solver, LinearSolver):
-        raise TypeError(f"solver: got {type(solver).__name__}, expected a LinearSolver")
+    checks.kind("solver", solver, LinearSolver, "a LinearSolver")
     if solver.draws:
         raise ValueError("solver: got one that wants a sample an application, expected one made with fresh=False")
     return solver

@@ -1,7 +1,7 @@
 """Loops: `run` for data on the device (one program, pure), `stream` for an external loader (host loop, donated state)."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ class Carry(NamedTuple):
     state: BilevelState
     key: Array  # typed key [], from which every draw of the run comes
     result: Array  # int32 [], the worst `Result` met
-    finite: Vars  # the variables at the last evaluation at which all of them were finite
+    finite: Vars  # the variables at the last evaluation (the start, and every ``every`` updates) at which all were finite
 
 
 def begin(solver: Solver, sampler: Sampler, vars: Vars, data: Levels, key: Array) -> Carry:
@@ -32,17 +32,14 @@ def begin(solver: Solver, sampler: Sampler, vars: Vars, data: Levels, key: Array
 
     Args, Raises: as `run`.
     """
-    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        given = checks.describe(key) if hasattr(key, "dtype") else f"{key!r} of type {type(key).__name__}"
-        raise TypeError(f"key: got {given}, expected a typed key, as jax.random.key(0) makes")
-    if key.shape:
-        raise ValueError(f"key: got an array of keys of shape {key.shape}, expected one key: map over them with jax.vmap")
-    if not isinstance(data, Levels):
-        raise TypeError(f"data: got {type(data).__name__}, expected Levels(inner=..., outer=...)")
-    for name, part in zip(Levels._fields, data, strict=True):
-        checks.finite(f"data.{name}", part)
+    _check_parts(solver, sampler)
+    checks.typed_key("key", key)
+    checks.kind("data", data, Levels, "Levels(inner=..., outer=...)")
+    checks.arrays("data", data)
+    checks.finite("data", data)
     shapes = jax.eval_shape(lambda d, k: sampler.batches(d, k, 0, solver.draws), data, key)
     state = solver.init(vars, shapes)
+    checks.finite("vars", vars)
     # copies: the carry may be donated, and the caller keeps the key and the variables
     return Carry(state, jnp.copy(key), jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, state.vars))
 
@@ -68,11 +65,13 @@ def resume(
 
     Returns:
         The carry, and a history of ``steps / every`` rows: ``step`` and one entry a metric.  A metric that is not finite is
-        recorded as it is; ``carry.result`` then says so, and ``carry.finite`` holds the last finite variables.
+        recorded as it is; ``carry.result`` then says so, and ``carry.finite`` holds the variables of the last evaluation at
+        which they were finite: those that the carry came with, if there was none since.
 
     Raises:
         TypeError, ValueError: for counts that are not positive ints, and ``steps`` that is not a multiple of ``every``.
     """
+    _check_parts(solver, sampler)
     steps, every = _counts(steps, every)
     data = sampler.whole(data)
 
@@ -85,7 +84,7 @@ def resume(
         plan = sampler.plan(data, carry.key, carry.state.step * solver.draws, every * solver.draws)
         plan = jax.tree.map(lambda leaf: leaf.reshape(every, solver.draws, *leaf.shape[1:]), plan)
         state, _ = lax.scan(one, carry.state, plan)
-        row = row_of(state, metrics(state.vars, data) if metrics else {})
+        row = _row(state, metrics, data)
         fine = all_finite(state.vars)
         known = all_finite([value for value in row.values() if jnp.issubdtype(value.dtype, jnp.inexact)])
         code = jnp.where(fine & known, worst(state), jnp.int32(Result.NONFINITE))
@@ -123,12 +122,14 @@ def run(
         metrics: ``(vars, data) -> {name: scalar}``.
 
     Returns:
-        The carry (pass it to `resume` to go on) and a history of ``1 + steps / every`` rows, the first at the start.
+        The carry (pass it to `resume` to go on) and a history of ``1 + steps / every`` rows, the first at the start.  Where the
+        run ends NONFINITE, ``carry.finite`` holds the variables of the last of these rows at which they were finite, so those
+        of the start if ``every`` is not given; `bilevel_jax.guard` stops at the first bad update instead.
 
     Raises:
-        TypeError, ValueError: before compilation, for what `resume` refuses, NaN or infinity in (concrete) data, an untyped
-            key, and everything that the solver and the sampler refuse.  Inside `jax.jit` the data are traced, and their
-            values cannot be checked: call ``bilevel_jax.checks.finite("data", data)`` before.
+        TypeError, ValueError: before compilation, for what `resume` refuses, NaN or infinity in (concrete) data and variables,
+            an untyped key, and everything that the solver and the sampler refuse.  Inside `jax.jit` the data are traced, and
+            their values cannot be checked: call ``bilevel_jax.checks.finite("data", data)`` before.
 
     Cost: ``steps`` times ``solver.cost``.
 
@@ -144,7 +145,7 @@ def run(
     """
     _counts(steps, every)
     carry = begin(solver, sampler, vars, data, key)
-    first = row_of(carry.state, metrics(carry.state.vars, sampler.whole(data)) if metrics else {})
+    first = _row(carry.state, metrics, sampler.whole(data))
     carry, rest = resume(solver, sampler, carry, data, steps=steps, every=every, metrics=metrics)
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
 
@@ -187,9 +188,11 @@ def stream(
         >>> [int(row["step"]) for _, row in stream(solver, quadratic.start, loader, every=10)]
         [10, 20]
     """
+    checks.kind("solver", solver, Solver, "a Solver")
     every = checks.positive_int("every", every)
+    checks.finite("start", start if isinstance(start, Vars) else ())
     update = jax.jit(solver.update, donate_argnums=0)
-    evaluate = jax.jit(lambda state: row_of(state, metrics(state.vars) if metrics else {}))
+    evaluate = jax.jit(lambda state: _row(state, metrics))
     state, done = None, 0
     for done, batch in enumerate(batches, 1):
         if state is None:
@@ -222,6 +225,7 @@ def several(solver: Solver, updates: int) -> Solver:
         ...                       inner_steps=2, aux_steps=2), 50).draws
         300
     """
+    checks.kind("solver", solver, Solver, "a Solver")
     updates = checks.positive_int("updates", updates)
 
     def init(vars: Vars, batches: Batch) -> BilevelState:
@@ -248,6 +252,21 @@ def row_of(state: BilevelState, named: History) -> History:
         if jnp.shape(value) != ():
             raise ValueError(f"metrics: got {name!r} of shape {jnp.shape(value)}, expected a scalar")
     return {"step": state.step, **named}
+
+
+def _row(state: BilevelState, metrics: Callable[..., dict[str, Array]] | None, *data: Levels) -> History:
+    """The row of a history, from the metrics of a run or a stream."""
+    if metrics is None:
+        return row_of(state, {})
+    given = (state.vars, *data)
+    with checks.evaluating("metrics", **dict(zip(("vars", "data"), given, strict=False))):
+        named = metrics(*given)
+    return row_of(state, named)
+
+
+def _check_parts(solver: Any, sampler: Any) -> None:
+    checks.kind("solver", solver, Solver, "a Solver")
+    checks.kind("sampler", sampler, Sampler, "a Sampler of bilevel_jax.samplers")
 
 
 def _counts(steps: int, every: int | None) -> tuple[int, int]:

@@ -28,7 +28,8 @@ def mean_loss(loss: Loss, name: str) -> Callable[[PyTree, PyTree, PyTree, Array 
     """
 
     def scalar(z, x, data, weight):
-        value = loss(z, x, data)
+        with checks.evaluating(name, z=z, x=x, data=data):
+            value = loss(z, x, data)
         if isinstance(value, tuple | list | dict) or not hasattr(value, "dtype"):
             raise TypeError(f"{name}: got a loss of type {type(value).__name__}, expected a scalar or one value a sample")
         shape = np.shape(value)
@@ -248,8 +249,7 @@ def losses(problem: Problem) -> tuple[DrawLoss, DrawLoss]:
     Raises:
         TypeError, ValueError: for anything but a ``Problem``; (when traced) as `mean_loss`.
     """
-    if not isinstance(problem, Problem):
-        raise TypeError(f"problem: got {type(problem).__name__}, expected Problem(inner=..., outer=...)")
+    checks.kind("problem", problem, Problem, "Problem(inner=..., outer=...)")
     g, f = mean_loss(problem.inner, "problem.inner"), mean_loss(problem.outer, "problem.outer")
     return (
         lambda z, x, draw: g(z, x, draw.inner, (draw.weight or Levels()).inner),
@@ -319,8 +319,7 @@ def aid(problem: Problem, solver: LinearSolver) -> Oracle:
 def aid_terms(problem: Problem, solver: LinearSolver) -> Callable[[Vars, Callable[[Any], Batch]], tuple[Terms, Array]]:
     """The terms of `aid`, and the code of its solver, on draws given as a function of their number."""
     g, _ = losses(problem)
-    if not isinstance(solver, LinearSolver):
-        raise TypeError(f"solver: got {type(solver).__name__}, expected a solver of bilevel_jax.linear_solve")
+    checks.kind("solver", solver, LinearSolver, "a solver of bilevel_jax.linear_solve")
 
     def terms(vars: Vars, draw: Callable[[Any], Batch]) -> tuple[Terms, Array]:
         z, _, x = vars

@@ -54,9 +54,11 @@ _MESSAGES = {
     "kept: rescale the losses, add damping, or compute in float64",
     Result.SINGULAR: "the matrix is singular to the precision used, and the solution is not to be trusted: add damping, "
     "regularise the inner problem, or compute in float64",
-    Result.DIVERGED: "the steps made the residual grow; the last finite iterate is kept: take a smaller rate, at most 1/L, or "
-    "a larger smoothness constant",
-    Result.NONFINITE: "an iterate or a metric became NaN or infinite; the last finite variables are kept: try smaller steps",
+    Result.DIVERGED: "a residual grew with the steps, or a variable beyond the limit of guard; the last good state is kept: "
+    "take smaller steps (inner steps and Neumann sums: at most 1/L; heavy ball: a larger smoothness constant)",
+    Result.NONFINITE: "an iterate or a metric became NaN or infinite; a run keeps the variables of its last finite evaluation, "
+    "which is the start if `every` was not given: try smaller steps, and check the data for NaN (bilevel_jax.checks.finite); "
+    "guard stops at the first bad update",
 }
 
 

@@ -295,16 +295,16 @@ def _stacked(*leaves: Any) -> Any:
 
 def _rows(data: Levels) -> Levels:
     """The numbers of samples of the two levels."""
-    if not isinstance(data, Levels):
-        raise TypeError(f"data: got {type(data).__name__}, expected Levels(inner=..., outer=...)")
+    checks.kind("data", data, Levels, "Levels(inner=..., outer=...)")
     return Levels(*(checks.rows(f"data.{name}", part) for name, part in zip(Levels._fields, data, strict=True)))
 
 
 def _threefry(key: Array) -> Array:
-    """The key itself, or one made of it where its generator is another one.
+    """The key itself, or one made of it where its generator is another one; refuses anything but one typed key.
 
     Under vmap the numbers of the rbg generators depend on the other lanes, so that draw t would not be a function of (key, t).
     """
+    checks.typed_key("key", key)
     data = jax.random.key_data(key)
     return jax.random.wrap_key_data(data[:2], impl="threefry2x32") if data.shape != (2,) else key
 

@@ -163,11 +163,10 @@ def solve_aux(problem: Problem, solver: LinearSolver | Callable[[Array], LinearS
         1
     """
     losses(problem)
-    make = solver if callable(solver) else lambda step: solver
+    make: Callable[[Array], Any] = solver if checks.takes(solver, 1) else lambda step: solver  # type: ignore[assignment]
     with jax.numpy_dtype_promotion("standard"):  # schedules are users' code
         declared = make(jnp.zeros((), jnp.int32))
-    if not isinstance(declared, LinearSolver):
-        raise TypeError(f"solver: got {type(declared).__name__}, expected a solver of bilevel_jax.linear_solve")
+    checks.kind("solver", declared, LinearSolver, "a solver of bilevel_jax.linear_solve")
 
     def init(vars: Vars, batches: Batch) -> SolveState:
         if batches.outer is None:
@@ -241,6 +240,7 @@ def unroll(
     """
     _, f = losses(problem)
     direction = implicit(problem) if direction is None else direction
+    checks.kind("direction", direction, Oracle, "an Oracle, as implicit(problem)")
     for name in ("inner", "outer"):
         checks.transformation(f"opts.{name}", getattr(opts, name))
     if opts.aux is not None:

@@ -70,9 +70,9 @@ def descend(
         A stage of ``steps`` draws (one if not ``fresh``) and ``steps`` times the cost of its estimator.
 
     Raises:
-        TypeError, ValueError: for ``steps`` below 1, for ``opts`` that is not a ``Vars`` with at least one transformation,
-            and for a composite oracle under an estimator that needs means; (when traced) if the oracle has no direction for a
-            variable that moves.
+        TypeError, ValueError: for ``steps`` below 1, for anything but an ``Oracle`` and an ``Estimator``, for ``opts`` that is
+            not a ``Vars`` with at least one transformation, and for a composite oracle under an estimator that needs means;
+            (when traced) if the oracle has no direction for a variable that moves.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -84,6 +84,8 @@ def descend(
         (3, 3.0, 0.0)
     """
     estimator = plain() if estimator is None else estimator
+    checks.kind("oracle", oracle, Oracle, "an Oracle, as implicit(problem)")
+    checks.kind("estimator", estimator, Estimator, "an Estimator, as bilevel_jax.estimators.saga()")
     steps = checks.positive_int("steps", steps)
     _check_opts(opts)
     if oracle.draws is not None and estimator.needs_means:
@@ -178,17 +180,18 @@ def sweep(*stages: Stage, aux: Callable[[PyTree], PyTree] = zeros, inner: Callab
         that the state may be donated; ``update(state, batches)`` is one sweep, of ``draws`` draws.
 
     Raises:
-        ValueError: without stages; (in ``init`` and ``update``, before compilation) for variables that are not
-            floating-point pytrees, and for batches whose leading axis is not the number of draws.
+        TypeError, ValueError: without stages, and for what is no ``Stage``; (in ``init`` and ``update``, before compilation)
+            for variables that are not floating-point pytrees, and for batches whose leading axis is not the number of draws.
     """
     if not stages:
         raise ValueError("stages: got none, expected at least one")
+    for number, stage in enumerate(stages):
+        checks.kind(f"stages[{number}]", stage, Stage, "a Stage, as descend(oracle, opts)")
     draws = sum(stage.draws for stage in stages)
 
     def share(batches: Batch | Draws) -> list[Any]:
         """Each stage's own draws."""
-        if not isinstance(batches, Batch | Draws):
-            raise TypeError(f"batches: got {type(batches).__name__}, expected a Batch")
+        checks.kind("batches", batches, Batch | Draws, "a Batch")
         stacked = batches.plan if isinstance(batches, Draws) else batches._replace(full=None)
         checks.leading_axis("batches", stacked, draws, "the number of draws of the solver")
         shares, start = [], 0
@@ -200,8 +203,7 @@ def sweep(*stages: Stage, aux: Callable[[PyTree], PyTree] = zeros, inner: Callab
         return shares
 
     def init(vars: Vars, batches: Batch) -> BilevelState:
-        if not isinstance(vars, Vars):
-            raise TypeError(f"vars: got {type(vars).__name__}, expected Vars(inner=..., aux=..., outer=...)")
+        checks.kind("vars", vars, Vars, "Vars(inner=..., aux=..., outer=...)")
         if vars.inner is None and inner is not None:
             checks.floating("vars.outer", vars.outer)
             vars = vars._replace(inner=inner(vars.outer))
@@ -246,8 +248,7 @@ def _has_shapes_only(batches: Any) -> bool:
 
 
 def _check_opts(opts: Any) -> None:
-    if not isinstance(opts, Vars):
-        raise TypeError(f"opts: got {type(opts).__name__}, expected Vars(inner=..., aux=..., outer=...)")
+    checks.kind("opts", opts, Vars, "Vars(inner=..., aux=..., outer=...)")
     if all(o is None for o in opts):
         raise ValueError("opts: got no transformation, expected one for at least one variable")
     for name, opt in zip(Vars._fields, opts, strict=True):

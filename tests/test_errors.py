@@ -17,10 +17,15 @@ from bilevel_jax import (
     Vars,
     begin,
     descend,
+    estimators,
     guard,
+    hypergrad,
+    hypergradient,
     implicit,
+    linear_solve,
     nonsmooth,
     per_sweep,
+    resume,
     run,
     samplers,
     solve_aux,
@@ -32,6 +37,7 @@ from bilevel_jax import (
 from bilevel_jax import stream as stream_run
 from bilevel_jax.estimators import ema, page, saga, sarah, storm
 from bilevel_jax.linear_solve import cg
+from bilevel_jax.loop import several
 from bilevel_jax.oracles import aid
 from bilevel_jax.projections import proximal_sgd
 from bilevel_jax.testing import quadratic
@@ -165,6 +171,23 @@ CASES = {
     "aux of another structure": Case(
         lambda: go(vars=start()._replace(aux=[jnp.ones(2)])), ValueError, ("vars.aux", "structure", "expected", "vars.inner")
     ),
+    "NaN in the start": Case(
+        lambda: go(vars=start()._replace(inner=spoilt(np.nan)[-1])),
+        ValueError,
+        ("vars.inner", "1 values that are NaN", "finite"),
+    ),
+    "infinity in a leaf of the start": Case(
+        lambda: go(
+            vars=start()._replace(outer={"w": np.array([1.0, np.inf])}), problem=with_loss(*[lambda z, x, a: z.sum()] * 2)
+        ),
+        ValueError,
+        ("vars.outer['w']", "1 values", "expected finite"),
+    ),
+    "NaN in the start of a stream": Case(
+        lambda: next(stream_run(solvers.soba(good(), OPTS), start()._replace(inner=spoilt(np.nan)[-1]), [])),
+        ValueError,
+        ("start.inner", "1 values that are NaN", "expected finite"),
+    ),
     # losses
     "inner loss of rank 2": Case(
         lambda: go(with_loss(inner=lambda z, x, a: a)),
@@ -264,6 +287,113 @@ CASES = {
     ),
     "unknown solver": Case(
         lambda: solvers.default_opts(sweep, 0.1, 0.1, 0.1), ValueError, ("solver:", "sweep", "expected one of", "soba")
+    ),
+    "the name of a solver": Case(
+        lambda: solvers.default_opts("saba", 0.1, 0.1, 0.1),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("solver:", "'saba'", "expected the function, as bilevel_jax.solvers.saba"),
+    ),
+    "a solver that is built already": Case(
+        lambda: solvers.default_opts(solvers.soba(good(), OPTS), 0.1),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("solver: got Solver", "expected the function"),
+    ),
+    **{
+        f"a step size of {value!r}": Case(
+            lambda value=value: solvers.default_opts(solvers.saba, 0.1, 0.1, value),
+            error,
+            ("outer: got", repr(value), expected),
+        )
+        for value, error, expected in (
+            (-0.1, ValueError, "expected a finite number of at least 0"),
+            (float("nan"), ValueError, "expected a finite number of at least 0"),
+            (float("inf"), ValueError, "expected a finite number of at least 0"),
+            ("0.1", TypeError, "expected a number"),
+        )
+    },
+    # parts that are not called, or of another kind
+    "a sampler that is not called": Case(
+        lambda: go(sampler=samplers.full),
+        TypeError,
+        ("sampler:", "the function full", "expected a Sampler", "did you mean full()?"),
+    ),
+    "a sampler without its size": Case(
+        lambda: go(sampler=samplers.uniform), TypeError, ("sampler:", "the function uniform", "did you mean uniform(...)?")
+    ),
+    "a constructor of a solver": Case(
+        lambda: go(solver=solvers.saba),
+        TypeError,
+        ("solver:", "the function saba", "expected a Solver: did you mean saba(...)?"),
+    ),
+    "a constructor of a solver, resumed": Case(
+        lambda: resume(solvers.saba, samplers.full(), None, data(), steps=1),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("solver:", "the function saba", "expected a Solver"),
+    ),
+    "a constructor of a solver, streamed": Case(
+        lambda: next(stream_run(solvers.saba, start(), [])),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("solver:", "the function saba", "expected a Solver"),
+    ),
+    "several of a stage": Case(
+        lambda: several(descend(implicit(good()), OPTS), 2),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("solver: got Stage, expected a Solver",),
+    ),
+    "sampler and solver swapped": Case(
+        lambda: go(solver=samplers.full(), sampler=solvers.soba(good(), OPTS)),
+        TypeError,
+        ("solver: got Sampler, expected a Solver",),
+    ),
+    "an estimator that is not called": Case(
+        lambda: estimated(estimators.saga), TypeError, ("estimator:", "the function saga", "expected an Estimator", "saga()?")
+    ),
+    "the name of an estimator": Case(
+        lambda: estimated("saga"),
+        TypeError,
+        ("estimator:", "'saga'", "expected an Estimator, as bilevel_jax.estimators.saga()"),
+    ),
+    "a problem for an oracle": Case(
+        lambda: descend(good(), OPTS),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("oracle: got Problem", "expected an Oracle, as implicit(problem)"),
+    ),
+    "an oracle that is not called, for a path": Case(
+        lambda: unroll(good(), TWO, 3, direction=implicit),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("direction:", "the function implicit", "expected an Oracle", "did you mean implicit(...)?"),
+    ),
+    "an oracle for a stage": Case(
+        lambda: sweep(descend(implicit(good()), OPTS), implicit(good())),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("stages[1]: got Oracle", "expected a Stage, as descend(oracle, opts)"),
+    ),
+    "a method that is not called": Case(
+        lambda: hypergradient(good(), hypergrad.implicit),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("method:", "the function implicit", "expected a method of bilevel_jax.hypergrad", "did you mean implicit()?"),
+    ),
+    "an oracle for a method": Case(
+        lambda: hypergradient(good(), implicit),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("method:", "the function implicit", "as hypergrad.implicit(solver)"),
+    ),
+    "a linear solver for a method": Case(
+        lambda: hypergradient(good(), cg(max_steps=2)),  # pyright: ignore[reportArgumentType]
+        TypeError,
+        ("method: got LinearSolver", "expected a method of bilevel_jax.hypergrad, as hypergrad.implicit(solver)"),
+    ),
+    **{
+        f"{given!r} for the linear solver of {make.__name__}": Case(
+            lambda make=make, given=given: make(good(), TWO, linear_solver=given),
+            TypeError,
+            ("linear_solver:", says, "expected a solver of bilevel_jax.linear_solve", hint),
+        )
+        for make in (solvers.aid_bio, solvers.ba, solvers.imaml)
+        for given, says, hint in (("cg", "'cg'", ""), (linear_solve.cg, "the function cg", "did you mean cg(...)?"))
+    },
+    "a linear solver that is not called": Case(
+        lambda: solve_aux(good(), linear_solve.cg), TypeError, ("solver:", "the function cg", "did you mean cg(...)?")
     ),
     # solvers that solve for v, or unroll
     "an optimiser of v": Case(
@@ -625,6 +755,22 @@ CASES = {
         TypeError,
         ("batches", "item", "expected Batch"),
     ),
+    "lists of numbers": Case(
+        lambda: go(data=data(inner=([[1.0, 2.0]] * 4, [1.0] * 4))), TypeError, ("data.inner[0]: got list, expected an array",)
+    ),
+    "lists of numbers for a sampler": Case(
+        lambda: samplers.uniform(2).batches(data(outer=[1.0] * 6), jax.random.key(0), 0, 1),
+        TypeError,
+        ("data.outer: got list, expected an array",),
+    ),
+    **{
+        f"a legacy key for {make().__class__.__name__} number {number}": Case(
+            lambda make=make: make().batches(data(), jax.random.PRNGKey(0), 0, 1),
+            TypeError,
+            ("key: got uint32[2], expected a typed key",),
+        )
+        for number, make in enumerate((samplers.full, partial(samplers.uniform, 2), partial(samplers.epochs, 2)))
+    },
     # runs
     "steps not a multiple of every": Case(
         lambda: go(steps=10, every=3), ValueError, ("steps", "10", "expected a multiple of every = 3")
@@ -714,6 +860,57 @@ def test_counts_are_positive_ints(name, given):
     refused(partial(COUNTS[name], given), error, (f"{name.split(' of ')[0]}: {says}",))
 
 
+def broken(vars: Vars, data: Levels) -> Any:
+    return {"product": vars.inner @ vars.outer}
+
+
+#: What fails in a user's function -> the note on it.
+NOTED = {
+    "shapes of a loss": (
+        lambda: go(with_loss(inner=lambda z, x, a: a @ x)),
+        "while evaluating problem.inner(z: float64[2], x: float64[3], data: float64[2, 2])",
+    ),
+    "arguments of a loss": (
+        lambda: go(with_loss(outer=lambda z, x: z.sum()), data=data(outer={"b": jnp.ones((6, 2)), "y": jnp.ones(6)})),
+        "while evaluating problem.outer(z: float64[2], x: float64[3], data: {'b': float64[2, 2], 'y': float64[2]})",
+    ),
+    "a loss of a hypergradient": (
+        lambda: hypergradient(good(), hypergrad.implicit())(jnp.ones(4), jnp.ones(3), Batch(*data())),
+        "while evaluating problem.outer(z: float64[4], x: float64[3], data: float64[6, 2])",
+    ),
+    "metrics": (
+        lambda: go(metrics=broken),
+        "while evaluating metrics(vars: Vars(inner=float64[2], aux=float64[2], outer=float64[3]), "
+        "data: Levels(inner=float64[10, 2], outer=float64[6, 2]))",
+    ),
+    "metrics of a stream": (
+        lambda: next(stream_run(solvers.soba(good(), OPTS), start(), [one_batch()], metrics=partial(broken, data=data()))),
+        "while evaluating metrics(vars: Vars(inner=float64[2], aux=float64[2], outer=float64[3]))",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOTED)
+def test_errors_of_losses_and_metrics_say_what_they_were_called_with(name):
+    """Once, on the error of JAX or Python itself, so that the place in the user's code stays."""
+    call, note = NOTED[name]
+    with pytest.raises(TypeError) as info:
+        jax.eval_shape(lambda: [call(), None][1])
+    assert info.value.__notes__.count(note) == 1
+    assert "while evaluating" not in str(info.value)
+
+
+def test_messages_stay_short():
+    """Two of the leaves that differ, and none of the numbers."""
+    leaves = [jnp.ones(4)] * 20 + [jnp.ones(5)] * 20
+    with pytest.raises(ValueError, match=r"leading axes \{'data.inner\[0\]': 4, 'data.inner\[20\]': 5\}, expected") as info:
+        go(data=data(inner=leaves))
+    many = {f"layer {i}": jnp.ones(3) for i in range(200)}
+    with pytest.raises(AttributeError) as noted:
+        go(vars=start()._replace(outer=many))
+    assert max(len(str(info.value)), len(noted.value.__notes__[0])) < 500
+
+
 #: The variables that a solver moves.
 MOVED = dict.fromkeys((*SINGLE_LOOP, *FIRST_ORDER), Vars._fields)
 MOVED |= dict.fromkeys((*NESTED_LOOPS, "f2sa_p", "bda"), ("inner", "outer"))
@@ -776,6 +973,21 @@ def test_nan_is_found_in_concrete_data_only():
     with pytest.raises(ValueError, match=r"data\.inner"):
         jax.eval_shape(lambda: begin(solvers.soba(good(), OPTS), samplers.uniform(2), start(), bad, jax.random.key(0)))
     assert jax.eval_shape(lambda d: go(data=d), bad)[1]["step"].shape == (2,)
+
+
+def test_what_is_no_mistake_passes():
+    """Step sizes of 0 or traced, a start that is traced, a function from the sweep to a linear solver, an own method."""
+    solvers.default_opts(solvers.soba, 0, np.float32(0.1), jnp.float32(0.1))
+    jax.eval_shape(lambda rate: step(solvers.soba(good(), solvers.default_opts(solvers.soba, *[rate] * 3)), one_batch()), -1.0)
+    bad = start()._replace(inner=jnp.full(2, jnp.nan))
+    assert jax.eval_shape(lambda vars: go(vars=vars), bad)[1]["step"].shape == (2,)
+
+    def falling(step: jax.Array) -> linear_solve.LinearSolver:
+        return cg(max_steps=2, rtol=0.0, atol=1 / (step + 1.0))
+
+    assert solve_aux(good(), falling).draws == 1
+    own = hypergradient(good(), lambda losses, z, x, guess, key: losses.f(z, x))  # pyright: ignore[reportArgumentType]
+    assert jax.eval_shape(lambda: own(jnp.ones(2), jnp.ones(3), Batch(*data()))).shape == ()  # pyright: ignore
 
 
 def test_integer_data_are_welcome():

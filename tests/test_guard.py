@@ -196,6 +196,8 @@ def test_codes():
     assert Result.SUCCESSFUL < Result.NONFINITE
     assert all(code.message for code in Result)
     assert "smaller steps" in Result.NONFINITE.message
+    assert "bilevel_jax.checks.finite" in Result.NONFINITE.message
+    assert "guard" in Result.DIVERGED.message
     codes = [Status(jnp.int32(code)) for code in (0, 9, 0)]
     assert [int(worst(tree)) for tree in ((), {"a": codes[:1]}, ({"a": codes}, jnp.ones(3)))] == [0, 0, 9]
     assert worst(()).dtype == jnp.int32

@@ -294,7 +294,11 @@ FRESH = linear_solve.neumann(terms=3, rate=0.1, fresh=True)
         (lambda: implicit(tolerance=-1.0), ValueError, "tolerance: got -1.0"),
         (lambda: implicit(FRESH), ValueError, "solver: .* fresh=False"),
         (lambda: implicit_root(jnp.sin, solver=FRESH), ValueError, "solver: .* fresh=False"),
-        (lambda: implicit_root(jnp.sin, solver=linear_solve.cg), TypeError, "solver: got function, expected a LinearSolver"),
+        (
+            lambda: implicit_root(jnp.sin, solver=linear_solve.cg),
+            TypeError,
+            "solver: got the function cg, expected a LinearSolver: did you",
+        ),
         (
             lambda: root_vjp(lambda z, t: z - t, jnp.ones(2), (jnp.ones(2),), jnp.ones(3)),
             ValueError,

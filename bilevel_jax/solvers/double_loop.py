@@ -50,6 +50,7 @@ def aid_bio(
     """
     opts, inner_steps = two(opts), checks.positive_int("inner_steps", inner_steps)
     solver = cg(max_steps=10) if linear_solver is None else linear_solver
+    checks.kind("linear_solver", solver, LinearSolver, "a solver of bilevel_jax.linear_solve")
     directions = implicit(problem)
     return sweep(
         descend(directions, Vars(inner=opts.inner), steps=inner_steps, fresh=False, restart=True),
@@ -90,6 +91,7 @@ def ba(
     if not callable(inner_steps):
         checks.positive_int("inner_steps", inner_steps)
     solver = cg(max_steps=100) if linear_solver is None else linear_solver
+    checks.kind("linear_solver", solver, LinearSolver, "a solver of bilevel_jax.linear_solve")
     return sweep(
         solve_inner(problem, opts.inner, max_steps=inner_steps),
         solve_aux(problem, solver, warm=False),

@@ -7,6 +7,7 @@ x; ``vars.inner`` need not be given.  Draws hold batches of tasks (`bilevel_jax.
 
 from functools import partial
 
+from bilevel_jax import checks
 from bilevel_jax.linear_solve import LinearSolver
 from bilevel_jax.solvers.steps import two
 from bilevel_jax.sweep import same, sweep
@@ -186,5 +187,7 @@ def imaml(
         17.0
     """
     opts = two(opts)
+    if linear_solver is not None:
+        checks.kind("linear_solver", linear_solver, LinearSolver, "a solver of bilevel_jax.linear_solve")
     pulled = proximal(problem, opts.inner, inner_steps, strength=strength, solver=linear_solver)
     return sweep(over_tasks(pulled, opts.outer, loop=loop), inner=same)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
+from bilevel_jax import checks
+from bilevel_jax.linear_contract import number
 from bilevel_jax.types import Solver, Vars
 
 
@@ -71,7 +73,8 @@ def default_opts(solver: Callable[..., Solver], inner: float, aux: float | None 
         STORM, MRBO, SUSTAIN and FdeHBO, 2/5 (z) and 3/5 (x) for TTSA, 4/7 for F2SA.
 
     Raises:
-        ValueError: for a function that is not one of those constructors, and step sizes that are missing or not wanted.
+        TypeError, ValueError: for what is not one of those constructors, step sizes that are missing or not wanted, and those
+            that are not finite numbers of at least 0 (traced ones pass).
 
     Example:
         >>> from bilevel_jax.solvers import soba, ttsa
@@ -80,6 +83,9 @@ def default_opts(solver: Callable[..., Solver], inner: float, aux: float | None 
         >>> [opt is not None for opt in default_opts(ttsa, inner=0.1, outer=0.01)]
         [True, False, True]
     """
+    if not callable(solver):
+        example = f"bilevel_jax.solvers.{solver if isinstance(solver, str) and solver in DECAYS else 'saba'}"
+        raise checks.wrong_kind("solver", solver, Callable, f"the function, as {example}")
     name = getattr(solver, "__name__", None)
     if name not in DECAYS:
         raise ValueError(f"solver: got {solver!r}, expected one of {list(DECAYS)}")
@@ -91,6 +97,10 @@ def default_opts(solver: Callable[..., Solver], inner: float, aux: float | None 
         raise ValueError(f"aux: got None, expected a step size, because {name} moves vars.aux")
     if aux is not None and not decay.aux:
         raise ValueError(f"aux: got {aux}, expected None, because {name} does not move vars.aux with an optimiser")
+
+    for field, value in (("inner", inner), ("aux", aux), ("outer", outer)):
+        if value is not None:
+            number(field, value, zero=True)
 
     def opt(rate: float, exponent: float) -> Any:
         return optax.sgd(rate if exponent == 0 else lambda t: rate * jnp.asarray(t + 1, jnp.float32) ** -exponent)
