@@ -7,7 +7,8 @@ Into ``--out``, for a figure NAME: its folder of results, *NAME.log* (what its c
 its seconds, and whether it is finished); *times.csv*; *index.html*, the page.
 
 The same call again does what is missing.  A command that was interrupted goes on where it was saved if it has ``--resume``, and
-starts again otherwise, as does one that has outlived a killed call of this program.  One that fails does not stop the others: the names are printed at the end, and the exit code is 1.
+starts again otherwise, as does one that has outlived a killed call of this program.  One that fails does not stop the others:
+the names are printed at the end, and the exit code is 1.
 """
 
 import contextlib

@@ -75,12 +75,16 @@ def section(entry: Shown) -> str:
     kinds = {f"As reported, about {figure.minutes:g} minutes": figure.command, f"On a laptop, {short}": figure.laptop}
     if figure.command == figure.laptop:
         kinds = {f"As reported, and on a laptop, {short}": figure.command}
+    if command not in kinds.values():  # the catalogue has changed since
+        kinds["By then"] = command
     commands = "\n".join(
         f"<dt>{kind}{' (this picture)' if line == command else ''}</dt>"
         f"<dd><pre><code>python -m {escape(line)} --out results/{figure.name}</code></pre></dd>"
         for kind, line in kinds.items()
         if line
     )
+    saved = any(results.rglob("config.json"))
+    whose = "Settings, as the run has recorded them" if saved else "Settings, as the command has them"
     lines = "\n".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in settings(command, results))
     return f"""<section id="{figure.name}">
 <h2>{escape(figure.title)}</h2>
@@ -89,7 +93,7 @@ def section(entry: Shown) -> str:
 <dl>
 {commands}
 </dl>
-<details><summary>Settings of this picture</summary>
+<details><summary>{whose}</summary>
 <table>
 {lines}
 </table>
