@@ -56,6 +56,8 @@ def resume(
 ) -> tuple[Carry, History]:
     """``steps`` more updates from a carry, as one scan: pure, and made to be jitted and vmapped by its caller.
 
+    Where carries are mapped over, their counts are, too, and an estimator that refreshes pays a full pass at every update.
+
     Args:
         solver, sampler, data: those of the run.
         carry: of `begin`, or of an earlier `run` or `resume`.
