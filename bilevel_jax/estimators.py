@@ -136,12 +136,13 @@ def saga() -> Estimator:
 
     The mean is kept up to date step by step, as a compensated sum (Kahan, "Further remarks on reducing truncation errors",
     1965).  A plain sum drifts from the mean of the table in proportion to the steps: on `bilevel_jax.testing.quadratic` in
-    float32 the hypergradient at which SABA ends grew from 4e-4 after 20,000 updates to 4e-3 after 200,000.
+    float32 the hypergradient at which SABA ends grew from 4e-4 after 20,000 updates to 4e-3 after 200,000.  What is left is
+    the rounding of the change itself, about ``eps sqrt(steps) / blocks`` of its size while draws keep changing.
 
     Raises:
         ValueError: (when traced) if ``batch.slot`` is missing, or counts other blocks than the table has rows.
 
-    Cost: one oracle call an update.  Memory: one direction per block and level.
+    Cost: one oracle call an update.  Memory: one direction per block and level, and three directions more a level.
 
     Reference: Defazio, Bach, Lacoste-Julien, "SAGA", 2014, arXiv 1407.0202; for the three directions of a bilevel problem
     Dagréou, Ablin, Vaiter, Moreau, 2022, arXiv 2201.13409, equation (3.3).
