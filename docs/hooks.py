@@ -37,7 +37,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         if files.get_file_from_path(name) is not None:
             return f"{text}({posixpath.relpath(name, posixpath.dirname(here) or '.')}{anchor})"
         if (ROOT / place).exists() and not place.startswith("docs/"):
-            return text.strip("![]") if text.strip("![]`") == place else f"{text.strip('![]')} (`{place}`)"
+            words = text.lstrip("!")[1:-1]
+            return words if words.strip("`") == place else f"{words} (`{place}`)"
         return found[0]  # mkdocs says what is wrong with it
 
     parts = re.split(r"(^```.*?^```)", markdown, flags=re.DOTALL | re.MULTILINE)

@@ -53,6 +53,11 @@ def test_every_module_is_there_or_serves_others():
     assert {name for name, _ in modules()} == {entry for entry in ENTRIES if entry in dict(modules())} | SERVANTS
 
 
+def test_the_first_page_names_those_that_serve_others():
+    _, left = (ROOT / "docs" / "reference" / "index.md").read_text().split("Not covered here: ")
+    assert {name for name in re.findall(r"`(bilevel_jax\.[\w.]+)`", left) if name not in ENTRIES} == SERVANTS
+
+
 def public(module, path):
     """The names of ``__all__``, and those whose docstring has an example."""
     yield from getattr(importlib.import_module(module), "__all__", [])
