@@ -12,7 +12,8 @@ from typing import Annotated
 import tyro
 
 from experiments.claims import adbo, later, meha, soba_saba, thesis
-from experiments.claims.page import counts_of, page
+from experiments.claims.claim import VERDICTS
+from experiments.claims.page import page
 from experiments.claims.saved import SAVED, Saved, keep
 
 BODIES = (soba_saba.BODY, thesis.BODY, meha.BODY, adbo.BODY, later.BODY)
@@ -41,10 +42,10 @@ def main(config: Config) -> None:
     if config.save is not None and config.name is not None:
         print(f"saved: {keep(config.save, config.name, config.saved)}")
         return
-    text = page(BODIES, Saved(config.saved))
+    text, counts = page(BODIES, Saved(config.saved))
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(text, encoding="utf-8")
-    print(f"{config.out}: " + ", ".join(f"{count} {verdict}" for verdict, count in counts_of(text).items()))
+    print(f"{config.out}: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS))
 
 
 if __name__ == "__main__":

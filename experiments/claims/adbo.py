@@ -1,9 +1,9 @@
 """Claims of the paper on ADBO."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
+import pandas as pd
 
 from experiments.asynchronous import report
 from experiments.claims.claim import Body, Claim, Found
@@ -11,139 +11,155 @@ from experiments.claims.saved import Saved
 
 PAPER = "ADBO"
 RIVALS = {"sdbo": "SDBO", "fednest": "FedNest"}
-#: Name of the saved run, name of the data, figures of the paper.
+
+
+class Data(NamedTuple):
+    """A comparison of methods."""
+
+    run: str  # its saved results
+    title: str
+    figures: str  # of the paper
+    by: tuple[str, ...] = ("accuracy", "loss")  # what is to be reached
+    clock: str = "virtual"
+
+
+#: The accuracy of ADBO, SDBO and FedNest on IJCNN1 is that of the larger class, to which a constant answer comes, too.
 DATA = (
-    ("asynchronous_mnist", "MNIST", "figures 1 and 2"),
-    ("asynchronous_fashion_mnist", "Fashion-MNIST", "figures 1 and 2"),
-    ("asynchronous_ijcnn1", "IJCNN1", "figures 3 and 4"),
-    ("asynchronous_covtype", "Covertype (16 % sample)", "figures 3 and 4"),
+    Data("asynchronous_mnist", "MNIST", "figures 1 and 2"),
+    Data("asynchronous_fashion_mnist", "Fashion-MNIST (merged runs)", "figures 1 and 2"),
+    Data("asynchronous_ijcnn1", "IJCNN1", "figures 3 and 4", ("loss",)),
+    Data("asynchronous_covtype", "Covertype (16 % sample)", "figures 3 and 4"),
 )
-#: Share of the wrong labels among the rows of lowest weight from which on the weights are said to find them.
-FOUND = 0.5
+PUBLISHED = Data("asynchronous_digits_published", "digits", "public code")
+REAL = Data("asynchronous_ray", "digits", "experiments", clock="real")
 
 
-def ratios(saved: Saved, name: str, rival: str) -> Any:
-    """Seconds of the rival over those of ADBO: index the number of stragglers, medians and ranges over the seeds."""
-    table = report.ratios(saved.table(name))
-    part = table[table["rival"] == rival].groupby("stragglers")
-    found = part[["ratio", "loss_ratio", "step_ratio", "adbo_seconds", "rival_seconds"]].median()
-    return found.assign(least=part["ratio"].min(), most=part["ratio"].max())
+def times(saved: Saved, data: Data, rival: str, by: str) -> Any:
+    """Seconds and iterations of ADBO and of a rival to one accuracy or to one loss, by stragglers and seed.
+
+    To 99 % of the lower of their best accuracies, or to the higher of their lowest losses over 0.99.
+    """
+    table = saved.table(data.run)
+    rows = []
+    for (slow, seed), part in table[table["method"].isin(["adbo", rival])].groupby(["stragglers", "seed"]):
+        both = dict(tuple(part.groupby("method")))
+        if by == "accuracy":
+            there = part["accuracy"] >= report.SHARE * part.groupby("method")["accuracy"].max().min()
+        else:
+            there = part["loss"] <= part.groupby("method")["loss"].min().max() / report.SHARE
+        row = {"stragglers": slow, "seed": seed}
+        for who, name in (("adbo", "adbo"), ("rival", rival)):
+            row |= {f"{who}_{c}": report.reached(both[name], there[both[name].index], c) for c in ("seconds", "step")}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
-def sooner(name: str, rival: str, *, stragglers: bool = False) -> Callable[[Saved], Found]:
-    """ADBO is sooner than the rival, to one accuracy and to one loss."""
+def ratios(saved: Saved, data: Data, rival: str, by: str, column: str = "seconds") -> Any:
+    """The rival's seconds (or iterations) over those of ADBO, by stragglers: median, least and most over the seeds."""
+    table = times(saved, data, rival, by)
+    ratio = table[f"rival_{column}"] / table[f"adbo_{column}"]
+    return ratio.groupby(table["stragglers"]).agg(["median", "min", "max"])
+
+
+def sooner(data: Data, rival: str) -> Callable[[Saved], Found]:
+    """ADBO is sooner than the rival, without stragglers."""
 
     def measure(saved: Saved) -> Found:
-        found = ratios(saved, name, rival).iloc[1 if stragglers else 0]
-        ours = f"seconds over ADBO's: {found['ratio']:.3g} to one accuracy"
-        if found["least"] < found["most"]:
-            ours += f" (seeds: {found['least']:.3g} to {found['most']:.3g})"
-        parts = {"sooner to one accuracy": found["ratio"] > 1, "to one loss": found["loss_ratio"] > 1}
-        return Found(f"{ours}, {found['loss_ratio']:.3g} to one loss", parts)
+        ours, parts = [], {}
+        for by in data.by:
+            found = ratios(saved, data, rival, by).iloc[0]
+            spread = f" (seeds: {found['min']:.3g} to {found['max']:.3g})" if found["min"] < found["max"] else ""
+            ours.append(f"{found['median']:.3g} to one {by}{spread}")
+            parts[f"sooner to one {by}"] = bool(found["median"] > 1)
+        return Found(f"{data.clock} seconds over ADBO's: {', '.join(ours)}", parts)
 
     return measure
 
 
-def wider(name: str) -> Callable[[Saved], Found]:
+def wider(data: Data) -> Callable[[Saved], Found]:
     """Slow workers put SDBO further behind."""
 
     def measure(saved: Saved) -> Found:
-        found = ratios(saved, name, "sdbo")
-        without, slow = found.iloc[0], found.iloc[1]
-        ours = [f"{w} {without[c]:.3g}, then {slow[c]:.3g}" for w, c in (("accuracy", "ratio"), ("loss", "loss_ratio"))]
-        parts = {
-            "ahead with slow workers": slow["ratio"] > 1,
-            "further than without, to one accuracy": slow["ratio"] > without["ratio"],
-            "to one loss": slow["loss_ratio"] > without["loss_ratio"],
-        }
-        return Found("SDBO's seconds over ADBO's, without and with: " + "; ".join(ours), parts)
+        ours, parts = [], {}
+        for by in data.by:
+            without, slow = ratios(saved, data, "sdbo", by)["median"].iloc[:2]
+            ours.append(f"{without:.3g}, then {slow:.3g} to one {by}")
+            parts |= {f"ahead with slow workers, {by}": bool(slow > 1), f"further than without, {by}": bool(slow > without)}
+        return Found(f"SDBO's {data.clock} seconds over ADBO's, without and with: {'; '.join(ours)}", parts)
 
     return measure
 
 
 def fednest_with_stragglers(saved: Saved) -> Found:
     """On the four data sets."""
-    found = {data: ratios(saved, name, "fednest").iloc[1]["ratio"] for name, data, _ in DATA}
-    ours = "seconds over ADBO's: " + ", ".join(f"{data} {ratio:.2g}" for data, ratio in found.items())
-    return Found(ours, {f"sooner on {data}": ratio > 1 for data, ratio in found.items()})
+    found = {data.title: ratios(saved, data, "fednest", data.by[0])["median"].iloc[1] for data in DATA}
+    ours = "virtual seconds over ADBO's: " + ", ".join(f"{title} {ratio:.2g}" for title, ratio in found.items())
+    return Found(ours, {f"sooner on {title}": bool(ratio > 1) for title, ratio in found.items()})
 
 
 def degradation(saved: Saved) -> Found:
-    """By what factor slow workers lengthen the way to one accuracy."""
-    adbo, sdbo = {}, {}
-    for name, data, _ in DATA:
-        found = ratios(saved, name, "sdbo")
-        for factors, who in ((adbo, "adbo"), (sdbo, "rival")):
-            factors[data] = found[f"{who}_seconds"].iloc[1] / found[f"{who}_seconds"].iloc[0]
-    ours = "factors of ADBO and SDBO: " + "; ".join(f"{data} {adbo[data]:.2f} and {sdbo[data]:.2f}" for data in adbo)
-    parts = {
-        "ADBO's factor below SDBO's on all": all(adbo[data] < sdbo[data] for data in adbo),
-        "ADBO's below 1.25 on all": max(adbo.values()) < 1.25,
-    }
-    return Found(ours, parts)
+    """By what factor slow workers lengthen the way."""
+    ours, parts, adbo = [], {}, []
+    for data in DATA:
+        seconds = times(saved, data, "sdbo", data.by[0]).groupby("stragglers")[["adbo_seconds", "rival_seconds"]].median()
+        one, other = seconds.iloc[1] / seconds.iloc[0]
+        ours.append(f"{data.title} {one:.2f} and {other:.2f}")
+        parts[f"ADBO's smaller on {data.title}"] = bool(one < other)
+        adbo.append(one)
+    parts["ADBO's below 1.25 on all"] = bool(max(adbo) < 1.25)
+    return Found("factors of the virtual seconds of ADBO and SDBO: " + "; ".join(ours), parts)
 
 
 def staleness(saved: Saved) -> Found:
-    """Iterations of SDBO over those of ADBO to one accuracy, on the four data sets."""
-    found = {data: ratios(saved, name, "sdbo").iloc[0]["step_ratio"] for name, data, _ in DATA}
-    ours = "iterations of SDBO over ADBO's: " + ", ".join(f"{data} {ratio:.2g}" for data, ratio in found.items())
-    return Found(ours, {f"below 1 on {data}": ratio < 1 for data, ratio in found.items()})
+    """Iterations of SDBO over those of ADBO, on the four data sets."""
+    found = {data.title: ratios(saved, data, "sdbo", data.by[0], "step")["median"].iloc[0] for data in DATA}
+    ours = "iterations of SDBO over ADBO's: " + ", ".join(f"{title} {ratio:.2g}" for title, ratio in found.items())
+    return Found(ours, {f"below 1 on {title}": bool(ratio < 1) for title, ratio in found.items()})
 
 
-def _toy(saved: Saved, column: str, start: bool = False) -> Any:
-    """Medians over the seeds at the end of the quadratic, by rounds, cut period, and whether multipliers are kept."""
-    keys = ["estimate_rounds", "cut_period", "warm_start"]
-    runs = saved.table("asynchronous_toy").sort_values("step").groupby([*keys, "seed"])[column]
+def _toy(saved: Saved, column: str, *, start: bool = False) -> Any:
+    """Medians over the seeds at the end of the quadratic, multipliers from 0 as published, by rounds and cut period."""
+    table = saved.table("asynchronous_toy")
+    runs = table[~table["warm_start"]].sort_values("step").groupby(["estimate_rounds", "cut_period", "seed"])[column]
     ends = runs.last() / runs.first() if start else runs.last()
-    return ends.groupby(keys).median()
+    return ends.groupby(["estimate_rounds", "cut_period"]).median()
 
 
 def stationary(saved: Saved) -> Found:
     """How far the norm of the hypergradient falls on the quadratic."""
     found = _toy(saved, "hypergradient", start=True)
-    published = found[1, 50, False]
-    ours = f"over its start: {published:.2f} as published (K = 1, a cut every 50), {found.min():.2f} in the best of 8 variants"
-    return Found(ours, {"as published: below a tenth": published < 0.1, "best variant: below a tenth": found.min() < 0.1})
+    ours = f"{found[1, 50]:.2f} as published (K = 1, a cut every 50), {found.min():.2f} in the best of {len(found)} variants"
+    parts = {"as published: below a tenth": bool(found[1, 50] < 0.1), "best variant": bool(found.min() < 0.1)}
+    return Found(f"over its start: {ours}", parts)
 
 
 def agreement(saved: Saved) -> Found:
     """How far the inner variables of the workers of the quadratic are apart, where their own optima have deviation 1."""
     found = _toy(saved, "inner_apart")
-    published, kept = found[1, 50, False], found[1, 50, True]
-    ours = f"largest distance {published:.2f} as published; {kept:.2f} with multipliers kept from cut to cut"
+    ours = f"largest distance {found[1, 50]:.2f} as published, {found.min():.2f} in the best of {len(found)} variants"
     return Found(
-        ours, {"as published: below a fifth of the spread of the optima": published < 0.2, "multipliers kept": kept < 0.2}
+        ours,
+        {
+            "as published: below a fifth of the spread of the optima": bool(found[1, 50] < 0.2),
+            "best variant": bool(found.min() < 0.2),
+        },
     )
-
-
-def recall(saved: Saved) -> Found:
-    """The share of the wrong labels among as many rows of lowest weight, at the end, without stragglers."""
-
-    def at_end(name: str) -> Any:
-        table = saved.table(name).query("stragglers == 0").sort_values("step")
-        return table.groupby(["method", "seed"])["recall"].last()
-
-    mnist, moved = at_end("asynchronous_mnist"), at_end("asynchronous_digits_cleaning")["adbo"].median()
-    ours = (
-        f"MNIST: {mnist['adbo'].min():.2f} to {mnist['adbo'].max():.2f} (chance .10; FedNest {mnist['fednest'].median():.2f}); "
-        f"digits, steps of x a million times larger: {moved:.2f}"
-    )
-    return Found(ours, {f"MNIST: above {FOUND:g} in every seed": bool(np.all(mnist["adbo"] > FOUND))})
 
 
 def _compared() -> list[Claim]:
     made = []
     for rival, title in RIVALS.items():
-        for name, data, where in DATA:
-            text = f"ADBO reaches a test accuracy and a test loss before {title}, {data}"
-            made.append(Claim(text, PAPER, where, runs=(name,), measure=sooner(name, rival)))
-    for name, data, _ in DATA:
-        text = f"With stragglers, workers four times slower, ADBO's lead over SDBO is larger: {data}"
-        made.append(Claim(text, PAPER, "figures 5 and 6", runs=(name,), measure=wider(name)))
+        for data in DATA:
+            what = "loss" if data.by == ("loss",) else "accuracy and a test loss"
+            text = f"ADBO reaches a test {what} before {title}, {data.title}"
+            made.append(Claim(text, PAPER, data.figures, runs=(data.run,), measure=sooner(data, rival)))
+    for data in DATA:
+        text = f"With stragglers, workers four times slower, ADBO's lead over SDBO is larger: {data.title}"
+        made.append(Claim(text, PAPER, "figures 5 and 6", runs=(data.run,), measure=wider(data)))
     return made
 
 
-EVERY = tuple(name for name, *_ in DATA)
+EVERY = tuple(data.run for data in DATA)
 
 BODY = Body(
     "ADBO: asynchronous distributed bilevel optimization",
@@ -153,15 +169,22 @@ BODY = Body(
     (
         *_compared(),
         Claim(
-            "With stragglers ADBO reaches a test accuracy before FedNest",
+            "With stragglers ADBO reaches a test accuracy (IJCNN1: loss) before FedNest",
             PAPER,
             "figures 5 and 6",
             runs=EVERY,
             measure=fednest_with_stragglers,
         ),
-        Claim("Stragglers slow SDBO down, ADBO hardly", PAPER, "figures 5 and 6", runs=EVERY, measure=degradation),
         Claim(
-            "Waiting for fewer workers costs iterations: the bound on them grows with N - S and with the age of answers",
+            "Stragglers slow SDBO down, ADBO hardly (to one accuracy; IJCNN1: loss)",
+            PAPER,
+            "figures 5 and 6",
+            runs=EVERY,
+            measure=degradation,
+        ),
+        Claim(
+            "Waiting for fewer workers costs iterations: the bound on them grows with N - S and with the age of answers "
+            "(to one accuracy; IJCNN1: loss)",
             PAPER,
             "iteration complexity, as a follow-up copies it",
             "a term in N - S",
@@ -173,24 +196,32 @@ BODY = Body(
             PAPER,
             "public code",
             runs=("asynchronous_digits_published",),
-            measure=sooner("asynchronous_digits_published", "sdbo"),
+            measure=sooner(PUBLISHED, "sdbo"),
+        ),
+        Claim(
+            "ADBO is ahead of FedNest at the step sizes of its public code (here on digits; those of FedNest were searched)",
+            PAPER,
+            "public code",
+            runs=("asynchronous_digits_published",),
+            measure=sooner(PUBLISHED, "fednest"),
         ),
         Claim(
             "ADBO is ahead of SDBO in real processes and seconds (here four workers, digits)",
             PAPER,
             "experiments",
             runs=("asynchronous_ray",),
-            measure=sooner("asynchronous_ray", "sdbo"),
+            measure=sooner(REAL, "sdbo"),
         ),
         Claim(
             "The same with a straggler, in real processes",
             PAPER,
             "figures 5 and 6",
             runs=("asynchronous_ray",),
-            measure=wider("asynchronous_ray"),
+            measure=wider(REAL),
         ),
         Claim(
-            "The gradients vanish: any accuracy is reached (here the hypergradient of a quadratic, 3,000 iterations)",
+            "The gradients vanish: any accuracy is reached (here the hypergradient of a quadratic, 3,000 iterations; "
+            "multipliers of the estimate from 0, as published)",
             PAPER,
             "convergence theorem",
             "a bound of order 1 / accuracy^2",
@@ -198,19 +229,11 @@ BODY = Body(
             measure=stationary,
         ),
         Claim(
-            "The inner variables of the workers come to agree (here on a quadratic)",
+            "The inner variables of the workers come to agree (here on the same quadratic)",
             PAPER,
             "the constraints of the problem",
             runs=("asynchronous_toy",),
             measure=agreement,
-        ),
-        Claim(
-            "Hyper-cleaning at the outer step sizes of the public code finds the wrong labels (the task; the paper "
-            "reports accuracy and loss)",
-            PAPER,
-            "experiments; public code",
-            runs=("asynchronous_mnist", "asynchronous_digits_cleaning"),
-            measure=recall,
         ),
         Claim(
             "An accuracy e of the stationarity gap takes O(1 / e^2) iterations",
@@ -263,5 +286,11 @@ BODY = Body(
             reason="no saved result: the public code does not do it; what this library does when a worker is lost is "
             "tested in tests/test_cluster.py",
         ),
+    ),
+    notes=(
+        "Seconds are virtual, of a simulated queue of answers, unless a line says real processes. Step sizes were searched, "
+        "those of SDBO by runs of ADBO, those of others by their own. On IJCNN1 lines go by the loss: the accuracy that all "
+        "three reach is that of the larger class, to which a constant answer comes, too. The history of Fashion-MNIST is "
+        "merged of four runs.",
     ),
 )

@@ -7,26 +7,27 @@ from experiments.claims.saved import Saved
 
 HOLDS, IN_PART, FAILS, UNCHECKABLE = "holds", "holds in part", "does not hold", "not checkable here"
 VERDICTS = (HOLDS, IN_PART, FAILS, UNCHECKABLE)
+ANSWERS = {True: "yes", False: "no", None: "undecided"}
 
 
 class Found(NamedTuple):
     """What the saved results say."""
 
     ours: str  # made of computed numbers
-    parts: Mapping[str, bool]  # the criterion: what has to be so, and whether it is
-    undecided: str = ""  # why the numbers say neither yes nor no, where that is so
+    parts: Mapping[str, bool | None]  # the criterion: what has to be so, and whether it is; None: within the sampling error
 
     @property
     def verdict(self) -> str:
-        """All parts: holds; some: holds in part; none: does not hold."""
-        if self.undecided:
-            return UNCHECKABLE
-        return HOLDS if all(self.parts.values()) else IN_PART if any(self.parts.values()) else FAILS
+        """All parts: holds; some: holds in part; none: does not hold; all undecided: not checkable."""
+        found = set(self.parts.values())
+        if True in found:
+            return HOLDS if found == {True} else IN_PART
+        return FAILS if False in found else UNCHECKABLE
 
     @property
     def why(self) -> str:
-        """The parts, with a yes or a no each."""
-        return self.undecided or "; ".join(f"{part}: {'yes' if so else 'no'}" for part, so in self.parts.items())
+        """The parts, with a yes or a no each, or undecided."""
+        return "; ".join(f"{part}: {ANSWERS[so]}" for part, so in self.parts.items())
 
 
 class Claim(NamedTuple):
@@ -48,11 +49,12 @@ class Body(NamedTuple):
     title: str
     references: Mapping[str, str]  # short name of a paper: authors, title, venue, arXiv
     claims: tuple[Claim, ...]
+    notes: tuple[str, ...] = ()  # what several lines have in common
 
 
-def judge(claim: Claim, saved: Saved) -> tuple[Found, str]:
-    """What was found, and the verdict."""
+def judge(claim: Claim, saved: Saved) -> tuple[str, str, str]:
+    """What was found, the verdict, and why."""
     if claim.measure is None:
-        return Found("", {}, claim.reason), UNCHECKABLE
+        return "", UNCHECKABLE, claim.reason
     found = claim.measure(saved)
-    return found, found.verdict
+    return found.ours, found.verdict, found.why

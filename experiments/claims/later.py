@@ -43,7 +43,7 @@ def srba_below(saved: Saved) -> Found:
     ours = ", ".join(f"{TITLES[s]} {way[s]:.2g}" for s in ("srba", "saba"))
     return Found(
         f"oracle calls to 1e-3: {ours}",
-        {"SRBA reaches 1e-3": bool(np.isfinite(way["srba"])), "with fewer calls than SABA": bool(way["srba"] < way["saba"])},
+        {"SRBA with fewer calls than SABA": bool(way["srba"] < way["saba"])},
     )
 
 
@@ -90,20 +90,19 @@ BODY = Body(
             measure=converges("SRBA"),
         ),
         Claim(
+            "SPABA, whose refresh is decided by a coin: constant steps lead to the solution of a finite sum (here linearly)",
+            "SPABA",
+            "method",
+            runs=("rates",),
+            measure=converges("SPABA"),
+        ),
+        Claim(
             "SRBA needs sqrt(n + m) / eps samples where SABA needs (n + m)^2/3 / eps: fewer calls to 1e-3 on IJCNN1",
             "SRBA",
             "abstract",
             "sqrt(n + m)",
             runs=("ijcnn1",),
             measure=srba_below,
-        ),
-        Claim(
-            "SPABA, whose refresh is decided by a coin, does the same",
-            "SPABA",
-            "abstract",
-            "sqrt(n + m)",
-            runs=("rates",),
-            measure=converges("SPABA"),
         ),
         Claim(
             "MA-SOBA: the squared gradient falls like K^-1/2",

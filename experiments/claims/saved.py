@@ -1,8 +1,10 @@
 """The saved results: what is kept of the folder of a run, where it lies, and the command that made it."""
 
 import csv
+import io
 import json
 import math
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,14 +94,14 @@ def keep(source: Path, name: str, folder: Path = SAVED) -> Path:
         raise SystemExit(f"--as: got {name!r}, expected one of {', '.join(sorted(COMMANDS))}")
     if not any(source.glob("*.csv")):
         raise SystemExit(f"--save: got {source}, expected the folder of a finished run, with tables (.csv)")
+    found = {p.relative_to(source): p for p in sorted(source.rglob("*")) if p.suffix in (".csv", ".json")}
+    texts = {path: _text(file) for path, file in found.items() if not SKIPPED & {*path.parts}}
+    # all is read before the old files go: a folder can be saved onto itself, and one that cannot be read costs nothing
     target = folder / name
-    for path in sorted(p for p in source.rglob("*") if p.suffix in (".csv", ".json") and not SKIPPED & {*p.parts}):
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".json":
-            copy.write_text(json.dumps(_portable(json.loads(path.read_text())), indent=1, ensure_ascii=False) + "\n")
-        else:
-            _copy_table(path, copy)
+    shutil.rmtree(target, ignore_errors=True)
+    for path, text in texts.items():
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        (target / path).write_text(text)
     return target
 
 
@@ -110,14 +112,20 @@ def _portable(value: Any) -> Any:
     return [_portable(v) for v in value] if isinstance(value, list) else value
 
 
-def _copy_table(source: Path, target: Path) -> None:
-    with source.open(newline="") as file:
-        header, *rows = csv.reader(file)
-    rows = _thinned(header, rows)
-    with target.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows([_short(field) for field in row] for row in rows)
+def _text(path: Path) -> str:
+    """What is kept of a file."""
+    if path.suffix == ".json":
+        return json.dumps(_portable(json.loads(path.read_text())), indent=1, ensure_ascii=False) + "\n"
+    with path.open(newline="") as file:
+        table = list(csv.reader(file))
+    if not table:
+        raise SystemExit(f"--save: got {path}, which is empty, expected the tables of a finished run")
+    header, *rows = table
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([_short(field) for field in row] for row in _thinned(header, rows))
+    return text.getvalue()
 
 
 def _thinned(header: list[str], rows: list[list[str]]) -> list[list[str]]:

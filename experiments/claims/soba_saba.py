@@ -7,13 +7,27 @@ import numpy as np
 import pandas as pd
 
 from experiments.claims.claim import Body, Claim, Found
-from experiments.claims.measures import TITLES, at_end, first_below, medians, percent, row, rows, short
+from experiments.claims.measures import (
+    TITLES,
+    at_end,
+    first_below,
+    higher,
+    medians,
+    named,
+    percent,
+    row,
+    rows,
+    sampling_error,
+    short,
+)
 from experiments.claims.saved import Saved
 
 PAPER = "SOBA/SABA"
 #: Gap to the optimum on IJCNN1 that only one single-loop method of the paper passes.
 LEVEL = 1e-3
 CHECKS = "claims_checks"
+#: Test rows of MNIST.
+MNIST_TEST = 10_000
 
 
 def below_level(saved: Saved) -> Found:
@@ -25,15 +39,14 @@ def below_level(saved: Saved) -> Found:
 
 
 def plateau(saved: Saved) -> Found:
-    """SOBA against SABA at the first evaluation and at the end."""
-    middle = medians(saved.table("ijcnn1"), "suboptimality")[["soba", "saba"]]
+    """SOBA against SABA and FSLA at the first evaluation and at the end."""
+    tables = [medians(saved.table(name), "suboptimality") for name in ("ijcnn1", "ijcnn1_fsla")]
+    middle = pd.concat(tables, axis=1)[["soba", "saba", "fsla"]]
     first, end = middle.iloc[1], middle.iloc[-1]
-    ours = f"SOBA and SABA after {middle.index[1]:,} steps {short(first['soba'])}, {short(first['saba'])}; at the end "
-    parts = {
-        "SOBA ends higher than SABA": bool(end["soba"] > end["saba"]),
-        "SOBA is lower at the first evaluation": bool(first["soba"] < first["saba"]),
-    }
-    return Found(f"{ours}{short(end['soba'])}, {short(end['saba'])}", parts)
+    rivals = {s: TITLES[s] for s in ("saba", "fsla")}
+    parts = {f"SOBA ends higher than {words}": bool(end["soba"] > end[s]) for s, words in rivals.items()}
+    parts |= {f"is lower than {words} at the first evaluation": bool(first["soba"] < first[s]) for s, words in rivals.items()}
+    return Found(f"after {middle.index[1]:,} steps: {named(first)}; at the end: {named(end)}", parts)
 
 
 def _solvers(table: Any, names: tuple[str, ...]) -> Any:
@@ -46,7 +59,8 @@ def fastest_to_smallest(saved: Saved) -> Found:
     smallest = medians(table, "test_error").min()
     rival = smallest.drop("saba").min()
     ours = "smallest median test error: " + ", ".join(f"{TITLES[str(s)]} {percent(e)}" for s, e in smallest.items())
-    parts = {"SABA's is the smallest": bool(smallest["saba"] < rival)}
+    ours += f" (sampling error {percent(sampling_error(rival, MNIST_TEST))})"
+    parts = {}
     for along, words in (("oracle_calls", "oracle calls"), ("seconds", "seconds")):
         way = first_below(table, "test_error", rival, along)
         parts[f"SABA first to {percent(rival)}, in {words}"] = bool(way["saba"] < way.drop("saba").min())
@@ -73,28 +87,18 @@ def soba_below(saved: Saved) -> Found:
     ours = "test error after 8,192 updates: " + ", ".join(
         f"{TITLES[s]} {percent(e)}{saved.code(runs[s], s)}" for s, e in ends.items()
     )
-    return Found(ours, {f"SOBA below {TITLES[s]}": bool(ends["soba"] < ends[s]) for s in ("stocbio", "bsa")})
+    return Found(
+        ours, {f"SOBA below {TITLES[s]}": higher(1 - ends["soba"], 1 - ends[s], MNIST_TEST) for s in ("stocbio", "bsa")}
+    )
 
 
 def _calls(calls: float) -> str:
     return f"{calls:,.0f} oracle calls" if np.isfinite(calls) else "never"
 
 
-def soba_rate(theory: float) -> Callable[[Saved], Found]:
-    """The measured slope against an upper bound."""
-
-    def measure(saved: Saved) -> Found:
-        found = saved.row("rates", "table.csv", "SOBA: E |grad h|^2 against K")
-        return Found(
-            f"slope {short(found['measured'])}", {f"at most {theory:g}, to .07": bool(found["measured"] <= theory + 0.07)}
-        )
-
-    return measure
-
-
-def checked(*claims: str) -> Callable[[Saved], Found]:
-    """Rows of the table of `experiments.claims.checks`."""
-    return rows(CHECKS, "claims.csv", {claim: claim for claim in claims})
+def checked(**claims: str) -> Callable[[Saved], Found]:
+    """Rows of the table of `experiments.claims.checks`, by what they are called here (_ for a blank)."""
+    return rows(CHECKS, "claims.csv", {words.replace("_", " "): claim for words, claim in claims.items()})
 
 
 BODY = Body(
@@ -112,7 +116,8 @@ BODY = Body(
             False,
             runs=(CHECKS,),
             measure=checked(
-                "directions of z and v at z*(x), v*(x), largest entry", "direction of x there less grad h(x), largest entry"
+                z_and_v="directions of z and v at z*(x), v*(x), largest entry",
+                x_less_grad_h="direction of x there less grad h(x), largest entry",
             ),
         ),
         Claim(
@@ -122,7 +127,7 @@ BODY = Body(
             "exact",
             False,
             runs=(CHECKS,),
-            measure=checked("mean over all pairs of samples less the full directions, largest entry"),
+            measure=checked(mean_less_full_directions="mean over all pairs of samples less the full directions, largest entry"),
         ),
         Claim(
             "SABA keeps n p + (n + m)(p + d) numbers",
@@ -131,7 +136,7 @@ BODY = Body(
             "exact",
             False,
             runs=(CHECKS,),
-            measure=checked("SABA: numbers in its tables over n p + (n + m)(p + d)"),
+            measure=checked(numbers_in_its_tables_over_that="SABA: numbers in its tables over n p + (n + m)(p + d)"),
         ),
         Claim(
             "With x at rest SABA is SAGA on the inner problem",
@@ -140,19 +145,20 @@ BODY = Body(
             "exact",
             False,
             runs=(CHECKS,),
-            measure=checked("SABA with x at rest less SAGA on the inner problem, z, largest entry"),
+            measure=checked(difference_in_z="SABA with x at rest less SAGA on the inner problem, z, largest entry"),
         ),
         Claim(
             "Variance reduction has to be global: on z alone, or on x alone, it is not enough (here constant steps)",
             PAPER,
-            "SABA; figure 1",
+            "SABA",
             "sublinear",
             False,
             runs=(CHECKS,),
             measure=checked(
-                "variance reduced on z, v and x (SABA): error reached",
-                "variance reduced on z alone: error reached",
-                "variance reduced on x alone: error reached",
+                error_reached_with_all_three="variance reduced on z, v and x (SABA): error reached",
+                z_alone="variance reduced on z alone: error reached",
+                x_alone="variance reduced on x alone: error reached",
+                none="variance reduced on nothing (SOBA): error reached",
             ),
         ),
         Claim(
@@ -177,8 +183,7 @@ BODY = Body(
             "theorems 1 and 2 of the submission",
             "at most -2/5",
             False,
-            runs=("rates",),
-            measure=soba_rate(-0.4),
+            reason="not run: it holds for steps of order t^-2/5 and t^-3/5; what is measured (next line) has t^-1/2",
         ),
         Claim(
             "SOBA: the squared gradient falls like T^-1/2",
@@ -198,11 +203,11 @@ BODY = Body(
             measure=below_level,
         ),
         Claim(
-            "IJCNN1: SOBA is first to its plateau, which is the highest",
+            "IJCNN1: SOBA is first to its plateau, which is the highest (here against SABA and FSLA)",
             PAPER,
             "figure 2a",
             recalled=False,
-            runs=("ijcnn1",),
+            runs=("ijcnn1", "ijcnn1_fsla"),
             measure=plateau,
         ),
         Claim(
@@ -218,7 +223,6 @@ BODY = Body(
             "Cleaning of MNIST, 70 % of the labels: SABA is the fastest to its final error (here against SOBA and FSLA)",
             PAPER,
             "appendix",
-            recalled=False,
             runs=("mnist_cleaning_70",),
             measure=fastest_to_its_end("mnist_cleaning_70"),
         ),
@@ -226,12 +230,12 @@ BODY = Body(
             "Cleaning of MNIST, 90 % of the labels: the same",
             PAPER,
             "appendix",
-            recalled=False,
             runs=("mnist_cleaning_90",),
             measure=fastest_to_its_end("mnist_cleaning_90"),
         ),
         Claim(
-            "Cleaning of MNIST, half of the labels: SOBA ends below stocBiO and BSA",
+            "Cleaning of MNIST, half of the labels: SOBA ends below stocBiO and BSA (DIVERGED: the product for v has grown "
+            "in some update; the run goes on)",
             PAPER,
             "figure 2b",
             recalled=False,
@@ -243,9 +247,8 @@ BODY = Body(
             PAPER,
             "figure 2a",
             recalled=False,
-            reason="the paper's best step sizes do not transfer (SOBA's diverge), and its grid for these solvers, 63 "
-            "points and ten "
-            "seeds each, does not fit two cores",
+            reason="not run: the paper's best step sizes do not transfer (SOBA's diverge), so that its grid, 63 points and "
+            "ten seeds a solver, would have to be searched",
         ),
         Claim(
             "SABA: the squared gradient falls like 1 / T where h is not convex",

@@ -7,6 +7,7 @@ from experiments.claims.thesis_theory import LOWER, META
 
 CLEANING, NEWS, HYPER = ("thesis_cleaning",), ("newsgroups",), ("hyper_representation",)
 RATES, TABLE = ("rates",), "table.csv"
+TEST = "here the test loss at 40 % wrong labels, where the paper shows the training loss at 10 %"
 
 REFERENCES = {
     "thesis": "Ji, Bilevel optimization for machine learning: algorithm design and convergence analysis, arXiv 2108.00330",
@@ -14,6 +15,8 @@ REFERENCES = {
     "MRBO/VRBO": "Yang, Ji, Liang, Provably faster algorithms for bilevel optimization, NeurIPS 2021, arXiv 2106.04692",
     "lower bounds": "Ji, Liang, Lower bounds and accelerated algorithms for bilevel optimization, JMLR 2023, arXiv 2102.03926",
     "MAML": "Ji, Yang, Liang, Theoretical convergence of multi-step model-agnostic meta-learning, JMLR 2022, arXiv 2002.07836",
+    "FOMAML": "Fallah, Mokhtari, Ozdaglar, On the convergence theory of gradient-based model-agnostic meta-learning "
+    "algorithms, AISTATS 2020, arXiv 1908.10400",
     "ANIL": "Ji, Lee, Liang, Poor, Convergence of meta-learning with task-specific adaptation over partial parameters, "
     "NeurIPS 2020, arXiv 2006.09486",
     "PZOBO": "Sow, Ji, Liang, On the convergence theory for Hessian-free bilevel algorithms, NeurIPS 2022, arXiv 2110.07004",
@@ -70,7 +73,7 @@ STOCBIO = (
             TABLE,
             {
                 "nested": "stocBiO: variance against B, nested batches",
-                "equal": "stocBiO: variance against the batch, equal batches",
+                "of one size": "stocBiO: variance against the batch, equal batches",
             },
         ),
     ),
@@ -78,15 +81,18 @@ STOCBIO = (
         "20 Newsgroups: stocBiO is ahead of AID-FP, AID-CG, HOAG and reverse differentiation",
         "stocBiO",
         "20 Newsgroups figure",
-        ".975 against 1.09, 1.115, 1.12, 1.16 (60 s)",
+        "read off a figure: .975 against 1.09, 1.115, 1.12, 1.16 (60 s)",
+        False,
         runs=NEWS,
         measure=find.newsgroups,
     ),
     Claim(
-        "20 Newsgroups: AID-FP, then AID-CG, HOAG, and reverse differentiation",
+        "20 Newsgroups: AID-FP, then AID-CG, HOAG, and reverse differentiation (here x hardly moves: this compares how fast z "
+        "descends)",
         "stocBiO",
         "20 Newsgroups figure",
-        "1.09, 1.115, 1.12, 1.16 (60 s)",
+        "read off a figure: 1.09, 1.115, 1.12, 1.16 (60 s)",
+        False,
         runs=NEWS,
         measure=find.order_in_newsgroups,
     ),
@@ -94,18 +100,20 @@ STOCBIO = (
         "20 Newsgroups: smaller batches of stocBiO are better after the same time, down to 500 rows",
         "stocBiO",
         "20 Newsgroups figure on batches",
-        ".95, .955, .975, 1.015 (100, 500, 1,000, 2,000 rows; 60 s)",
-        runs=("newsgroups_batches",),
+        "read off a figure: .95, .955, .975, 1.015 (100, 500, 1,000, 2,000 rows; 60 s)",
+        False,
+        runs=("newsgroups_batches", "newsgroups"),
         measure=find.batches_in_newsgroups,
     ),
 )
 
 CLEANED = (
     Claim(
-        "Cleaning of MNIST: stocBiO is ahead of AID-CG, AID-FP, HOAG and reverse differentiation (here 40 % of the labels)",
+        "Cleaning of MNIST: stocBiO is ahead of AID-CG, AID-FP, HOAG and reverse differentiation",
         "thesis",
         "figure on hyper-cleaning; stocBiO, the same",
-        "about 1.9 against 2.4 to 2.7 at the end",
+        "read off a figure: about 1.9 against 2.4 to 2.7 at the end",
+        False,
         runs=CLEANING,
         measure=find.stocbio_first,
     ),
@@ -113,7 +121,8 @@ CLEANED = (
         "BSA and TTSA are far behind",
         "thesis",
         "figure on hyper-cleaning",
-        "3.6 and 17.3",
+        "read off a figure: 3.6 and 17.3",
+        False,
         runs=CLEANING,
         measure=find.single_rows,
     ),
@@ -121,31 +130,35 @@ CLEANED = (
         "The test loss of stocBiO levels off at 1.8 to 2.0",
         "thesis",
         "figure on hyper-cleaning",
-        "1.8 to 2.0",
-        runs=CLEANING,
-        measure=find.level_of_stocbio,
+        "read off a figure: 1.8 to 2.0",
+        False,
+        reason="the level is that of faults of the public code, which are not copied: labels change at every visit, a term and "
+        "the factor of the Neumann sum are left out, weights act as one scalar",
     ),
     Claim(
-        "Among methods with momentum, in hyper-cleaning: VRBO before MRBO before SUSTAIN (here the test loss)",
+        f"Among methods with momentum, in hyper-cleaning: VRBO before MRBO before SUSTAIN ({TEST})",
         "MRBO/VRBO",
         "figure on momentum methods",
-        "2.0, 3.6, 9.2 (10 % of the labels)",
+        "read off a figure: 2.0, 3.6, 9.2",
+        False,
         runs=CLEANING,
         measure=find.ordered("vrbo", "mrbo", "sustain"),
     ),
     Claim(
-        "VRBO is the best of all in hyper-cleaning",
+        f"VRBO is the best of all in hyper-cleaning ({TEST})",
         "MRBO/VRBO",
         "figure on hyper-cleaning",
-        "2.0 against 2.5 (AID-FP, reverse, stocBiO)",
+        "read off a figure: 2.0 against 2.5 (AID-FP, reverse, stocBiO)",
+        False,
         runs=CLEANING,
         measure=find.below_all("vrbo", "aid_fp", "itd_truncated", "stocbio"),
     ),
     Claim(
-        "MRBO does not get ahead of stocBiO in hyper-cleaning",
+        f"MRBO does not get ahead of stocBiO in hyper-cleaning ({TEST})",
         "MRBO/VRBO",
         "figure on hyper-cleaning",
-        "3.6 against 2.5",
+        "read off a figure: 3.6 against 2.5",
+        False,
         runs=CLEANING,
         measure=find.ordered("stocbio", "mrbo"),
     ),
@@ -169,7 +182,7 @@ MOMENTUM = (
         measure=row("rates", TABLE, "SUSTAIN: E |grad h|^2 against K"),
     ),
     Claim(
-        "TTSA has the order K^-2/5",
+        "TTSA: the squared gradient falls at least like K^-2/5",
         "MRBO/VRBO",
         "table of complexities",
         "at most -2/5 (eps^-2.5 samples)",
@@ -183,7 +196,7 @@ ZEROTH = (
         "Hyper-representation, linear: PZOBO below AID-FP and AID-CG, HOZOG far behind (its public code)",
         "PZOBO",
         "notebook of the public code",
-        ".0185, .077, .0665, 16.9",
+        ".0185, .077, .0665 (presumably AID-CG), 16.9",
         False,
         runs=HYPER,
         measure=find.notebook_order("hyper_representation"),
@@ -192,7 +205,7 @@ ZEROTH = (
         "The same levels",
         "PZOBO",
         "notebook of the public code",
-        ".0185, .077, .0665, 16.9",
+        ".0185, .077, .0665 (presumably AID-CG), 16.9",
         False,
         runs=HYPER,
         measure=find.notebook_levels(
@@ -222,9 +235,10 @@ DEEP = (
 
 FEW_SHOT = (
     Claim(
-        "ITD-BiO converges faster than MAML and ANIL, its first-order variant faster still (here Omniglot, 5-way 1-shot)",
+        "ITD-BiO converges faster than MAML and ANIL, its first-order variant faster still (here Omniglot, 5-way 1-shot, one "
+        "seed)",
         "stocBiO",
-        "public code, few-shot figures",
+        "README of the public code",
         recalled=False,
         runs=("few_shot_omniglot_itd",),
         measure=find.itd_first,
@@ -258,13 +272,15 @@ UNCHECKABLE = (
         "STABLE and MSTSA end far behind in hyper-cleaning",
         "MRBO/VRBO",
         "figure on momentum methods",
-        "19.5, 10",
-        reason="neither is in this library: STABLE inverts a dense Hessian, 7,850 by 7,850 here",
+        "read off a figure: 19.5, 10",
+        False,
+        reason="MSTSA is not in this library; STABLE is, but inverts a dense Hessian, 7,850 by 7,850 here",
     ),
     Claim(
         "ITD-BiO converges faster than MAML and ANIL on miniImageNet and FC100; the first-order variant faster still",
         "stocBiO",
-        "few-shot figures; public code",
+        "README of the public code",
+        recalled=False,
         reason="64-filter networks on these data sets need a GPU, and the data are not at hand; no numbers are published",
     ),
     Claim(
@@ -279,4 +295,9 @@ BODY = Body(
     "The bilevel thesis and its companion papers",
     REFERENCES,
     (*STOCBIO, *CLEANED, *MOMENTUM, *LOWER, *META, *ZEROTH, *DEEP, *FEW_SHOT, *UNCHECKABLE),
+    notes=(
+        "Hyper-cleaning (thesis_cleaning): 40 % wrong labels, two seeds (methods on all rows: one); the outer rates are ours, "
+        "1e3 or 1e4, since the published one, 0.1, moves no weight. VRBO was not tuned: its outer step is a tenth of "
+        "stocBiO's. BSA and TTSA end with the code DIVERGED: on single rows the product for v has grown in some update.",
+    ),
 )

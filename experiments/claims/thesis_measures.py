@@ -63,12 +63,6 @@ def single_rows(saved: Saved) -> Found:
     return Found(f"test loss at the end: {named(ends[['bsa', 'ttsa']])}, highest of the others {short(shown.max())}", parts)
 
 
-def level_of_stocbio(saved: Saved) -> Found:
-    """The level that the thesis' figure shows, to a fifth."""
-    end = _ends(saved)["stocbio"]
-    return Found(f"test loss at the end {short(end)}", {"between 1.5 and 2.4": bool(1.5 <= end <= 2.4)})
-
-
 # ---- 20 Newsgroups ----------------------------------------------------------------------------------------------------
 
 ITD_IN_NEWSGROUPS = {"itd_bio": "reverse"}
@@ -78,9 +72,9 @@ def newsgroups(saved: Saved) -> Found:
     """Test losses after the same seconds, in turns on one machine."""
     ends = at_end(saved.table("newsgroups"), "test_loss")
     rivals = ("aid_fp", "aid_cg", "hoag", "itd_bio")
+    rivals += ("fixed_x",)
     parts = {f"below {(TITLES | ITD_IN_NEWSGROUPS)[s]}": bool(ends["stocbio"] < ends[s]) for s in rivals}
-    shown = named(ends[["stocbio", *rivals]], ITD_IN_NEWSGROUPS)
-    return Found(f"test loss after 25 s: {shown} (with x left at 0: {short(ends['fixed_x'])})", parts)
+    return Found(f"test loss after 25 s: {named(ends[['stocbio', *rivals]], ITD_IN_NEWSGROUPS)}", parts)
 
 
 def order_in_newsgroups(saved: Saved) -> Found:
@@ -92,13 +86,17 @@ def order_in_newsgroups(saved: Saved) -> Found:
 
 
 def batches_in_newsgroups(saved: Saved) -> Found:
-    """Test losses of stocBiO by the rows of its batches."""
-    ends = at_end(saved.table("newsgroups_batches"), "test_loss")
-    ends.index = ends.index.str.extract(r"(\d+)$", expand=False).astype(int)
-    ends = ends.sort_index()
+    """Test losses of stocBiO by the rows of its batches, and how many updates it had time for, there and in another run."""
+    table = saved.table("newsgroups_batches")
+    table = table.assign(solver=table["solver"].str.extract(r"(\d+)$", expand=False).astype(int))
+    ends, updates = at_end(table, "test_loss"), at_end(table, "step")
+    elsewhere = at_end(saved.table("newsgroups"), "step")["stocbio"]
     parts = {f"{a:,} below {b:,}": bool(ends[a] < ends[b]) for a, b in ((500, 1000), (1000, 2000))}
     parts["100 level with 500, to .02"] = bool(abs(ends[100] - ends[500]) <= 0.02)
-    return Found("test loss after 25 s: " + ", ".join(f"{short(v)} ({n:,} rows)" for n, v in ends.items()), parts)
+    ours = ", ".join(f"{short(v)} ({n:,} rows, {updates[n]:.0f} updates)" for n, v in ends.items())
+    return Found(
+        f"test loss after 25 s: {ours}; in the run of the two lines above 1,000 rows had {elsewhere:.0f} updates", parts
+    )
 
 
 # ---- hyper-representation ---------------------------------------------------------------------------------------------
@@ -142,9 +140,9 @@ def paper_estimate(saved: Saved) -> Found:
 
 
 def itd_first(saved: Saved) -> Found:
-    """Seconds to the lowest of the best accuracies of MAML, ANIL and ITD-BiO on held-out characters."""
+    """Seconds to 99 % of the lowest of the best accuracies on held-out characters."""
     table = saved.table("few_shot_omniglot_itd")
-    level = table.groupby("solver")["accuracy"].max()[["maml", "anil", "itd_bio"]].min()
+    level = 0.99 * table.groupby("solver")["accuracy"].max().min()
     way = (
         table[table["accuracy"] >= level]
         .groupby("solver")["seconds"]
