@@ -195,9 +195,8 @@ def guard(solver: Solver | Callable[[Array | float], Solver], *, halvings: int =
         checks.positive("limit", limit)
     if halvings and (isinstance(solver, Solver) or not callable(solver)):
         raise TypeError(f"solver: got {type(solver).__name__}, expected, with halvings, a function from a scale to a solver")
-    declared = solver(1.0) if halvings else solver  # type: ignore[operator]
-    if not isinstance(declared, Solver):
-        raise TypeError(f"solver: got {type(declared).__name__}, expected a Solver (a function of a scale only with halvings)")
+    declared: Any = solver(1.0) if halvings else solver  # type: ignore[operator]
+    checks.kind("solver", declared, Solver, "a Solver (a function of a scale only with halvings)")
 
     def init(vars: Vars, batches: Batch) -> BilevelState:
         state = declared.init(vars, batches)

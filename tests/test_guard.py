@@ -355,7 +355,8 @@ def test_no_guard_is_never_frozen():
 @pytest.mark.parametrize(
     ("make", "options", "error", "message"),
     [
-        (halvable("soba", STEPS), {}, TypeError, "solver: got function, expected a Solver"),
+        (halvable("soba", STEPS), {}, TypeError, "solver: got the function <lambda>, expected a Solver"),
+        (solvers.saba, {}, TypeError, r"solver: got the function saba, expected a Solver .*did you mean saba\(...\)"),
         (None, {"halvings": 2}, TypeError, "solver: got Solver, expected, with halvings, a function"),
         (lambda scale: scale, {"halvings": 2}, TypeError, "solver: got .*, expected a Solver"),
         (halvable("soba", STEPS), {"halvings": -1}, ValueError, "halvings: got -1, expected at least 0"),

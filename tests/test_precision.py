@@ -131,5 +131,5 @@ def test_refuses(loss, z, data, error, match):
 
 
 def test_refuses_what_is_no_problem():
-    with pytest.raises(TypeError, match="problem: got function"):
+    with pytest.raises(TypeError, match="problem: got the function"):
         in_bfloat16(lambda z, x, d: z)

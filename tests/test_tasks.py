@@ -261,7 +261,7 @@ SGD = optax.sgd(0.1)
         (lambda: solvers.maml(NETWORK, opts(), inner_steps=0), "steps: got 0"),
         (lambda: solvers.maml(NETWORK, opts(), loop="pmap"), "loop: got 'pmap', expected one of auto, vmap"),
         (lambda: solvers.maml(NETWORK, opts(), checkpoint="all"), "checkpoint: got 'all'"),
-        (lambda: solvers.maml(network_loss, opts()), "problem: got function, expected Problem"),
+        (lambda: solvers.maml(network_loss, opts()), "problem: got the function .*, expected Problem"),
         (lambda: solvers.maml(NETWORK, Vars(outer=SGD)), "opts.inner"),
         (lambda: solvers.maml(NETWORK, Vars(SGD, SGD, SGD)), "opts.aux"),
         (lambda: solvers.imaml(NETWORK, opts(), strength=0.0), "strength: got 0.0"),
