@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import pandas as pd
+import numpy as np
 
 from experiments.asynchronous import report
 from experiments.claims.claim import Body, Claim, Found
@@ -37,28 +37,26 @@ REAL = Data("asynchronous_ray", "digits", "experiments", clock="real")
 def times(saved: Saved, data: Data, rival: str, by: str) -> Any:
     """Seconds and iterations of ADBO and of a rival to one accuracy or to one loss, by stragglers and seed.
 
-    To 99 % of the lower of their best accuracies, or to the higher of their lowest losses over 0.99.
+    To 99 % of the lower of their best accuracies, or to the higher of their lowest losses over 0.99; as `report.ratios`.
     """
     table = saved.table(data.run)
-    rows = []
-    for (slow, seed), part in table[table["method"].isin(["adbo", rival])].groupby(["stragglers", "seed"]):
-        both = dict(tuple(part.groupby("method")))
-        if by == "accuracy":
-            there = part["accuracy"] >= report.SHARE * part.groupby("method")["accuracy"].max().min()
-        else:
-            there = part["loss"] <= part.groupby("method")["loss"].min().max() / report.SHARE
-        row = {"stragglers": slow, "seed": seed}
-        for who, name in (("adbo", "adbo"), ("rival", rival)):
-            row |= {f"{who}_{c}": report.reached(both[name], there[both[name].index], c) for c in ("seconds", "step")}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    table = table[table["method"].isin(["adbo", rival])]
+    runs, pair = ["stragglers", "seed", "method"], ["stragglers", "seed"]
+    if by == "accuracy":
+        level = table.groupby(runs)[by].max().groupby(pair).min() * report.SHARE
+        there = table[by] >= table.join(level.rename("level"), on=pair)["level"]
+    else:
+        level = table.groupby(runs)[by].min().groupby(pair).max() / report.SHARE
+        there = table[by] <= table.join(level.rename("level"), on=pair)["level"]
+    lost = table.assign(lost=table["loss"].isna()).groupby(runs)["lost"].any()
+    found = table[there].groupby(runs)[["seconds", "step"]].first().reindex(lost.index)
+    return found.where(~lost, axis=0).fillna(np.inf).unstack("method")
 
 
 def ratios(saved: Saved, data: Data, rival: str, by: str, column: str = "seconds") -> Any:
     """The rival's seconds (or iterations) over those of ADBO, by stragglers: median, least and most over the seeds."""
-    table = times(saved, data, rival, by)
-    ratio = table[f"rival_{column}"] / table[f"adbo_{column}"]
-    return ratio.groupby(table["stragglers"]).agg(["median", "min", "max"])
+    found = times(saved, data, rival, by)[column]
+    return (found[rival] / found["adbo"]).groupby("stragglers").agg(["median", "min", "max"])
 
 
 def sooner(data: Data, rival: str) -> Callable[[Saved], Found]:
@@ -101,8 +99,8 @@ def degradation(saved: Saved) -> Found:
     """By what factor slow workers lengthen the way."""
     ours, parts, adbo = [], {}, []
     for data in DATA:
-        seconds = times(saved, data, "sdbo", data.by[0]).groupby("stragglers")[["adbo_seconds", "rival_seconds"]].median()
-        one, other = seconds.iloc[1] / seconds.iloc[0]
+        seconds = times(saved, data, "sdbo", data.by[0])["seconds"].groupby("stragglers").median()
+        one, other = (seconds.iloc[1] / seconds.iloc[0])[["adbo", "sdbo"]]
         ours.append(f"{data.title} {one:.2f} and {other:.2f}")
         parts[f"ADBO's smaller on {data.title}"] = bool(one < other)
         adbo.append(one)
