@@ -54,9 +54,11 @@ def rows(name: str, file: str, claims: Mapping[str, str]) -> Callable[[Saved], F
     def measure(saved: Saved) -> Found:
         found = {words: saved.row(name, file, claim) for words, claim in claims.items()}
         ours = "; ".join(f"{words} {short(r['measured'])}" for words, r in found.items())
-        parts = {f"{words} {expected(r)}": bool(gap(r) <= float(r["tolerance"])) for words, r in found.items()}
-        if len(parts) == 1:
-            parts = {expected(r): bool(gap(r) <= float(r["tolerance"])) for r in found.values()}
+        alone = len(found) == 1
+        parts = {
+            expected(r) if alone else f"{words} {expected(r)}": bool(gap(r) <= float(r["tolerance"]))
+            for words, r in found.items()
+        }
         return Found(ours, parts)
 
     return measure
