@@ -8,7 +8,7 @@ import pandas as pd
 matplotlib.use("Agg")  # figures go to files, also where there is no screen
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from experiments.methods import UNIT
 
@@ -77,11 +77,13 @@ def comparison(rows: pd.DataFrame, labels: dict[str, str], title: str, path: Pat
                 axis.set_yscale("log")
                 axis.yaxis.set_major_formatter("{x:.3g}")
                 low, high = axis.get_ylim()
-                narrow = metric.endswith(("error", "loss")) and high < 30 * low
+                narrow = high < 30 * low
                 axis.yaxis.set_minor_formatter("{x:.2g}" if narrow else NullFormatter())
             if log_work:
                 axis.set_xscale("log")
                 axis.xaxis.set_minor_formatter(NullFormatter())  # on less than a decade they would overlap
+            else:
+                axis.xaxis.set_major_locator(MaxNLocator(6))
             axis.set_xlabel(name)
             axis.grid(visible=True, which="major", alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
