@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pandas as pd
 import pytest
 
 from bilevel_jax import run, samplers, solvers, testing
@@ -121,30 +123,68 @@ def test_benchopt_can_read_the_files_without_importing_them(own):
         assert {"step_size", "outer_ratio", "eval_freq", "random_state"} <= set(cls.parameters)
 
 
-def test_the_readme_runs(tmp_path):
-    """Its lines copy the files into another benchmark with the same interface, and benchopt runs them there."""
-    import pandas as pd
+def test_blocks_that_are_neither_one_nor_all_are_refused(own):
+    from benchmark_utils.bilevel_jax_plugin import block_loss  # type: ignore[import-not-found]
 
-    clone = tmp_path / "clone"
+    loss = block_loss(lambda z, x, start, batch_size: z, 13, 4)
+    with pytest.raises(ValueError, match=r"^blocks: got 2, expected 1 or all 4$"):
+        loss(jnp.zeros(()), None, jnp.arange(2))
+
+
+@pytest.fixture(scope="module")
+def follow(tmp_path_factory):
+    """What the README says, from a folder with a copy of ours and, as `CLONE`, another benchmark with the same interface."""
+    home = tmp_path_factory.mktemp("home")
+    shutil.copytree(PLUGIN, home / "experiments" / PLUGIN.name, ignore=shutil.ignore_patterns("__*__", "outputs"))
+    clone = home / "clone"
     for folder in ("solvers", "datasets", "benchmark_utils"):
         (clone / folder).mkdir(parents=True)
     (clone / "benchmark_utils" / "__init__.py").touch()
     for name in ("objective.py", "datasets/simulated.py"):
-        (clone / name).write_text((PLUGIN / name).read_text())
-    lines = re.findall(r"^cp .*$", (PLUGIN / "README.md").read_text(), re.MULTILINE)
-    assert len(lines) == 2
+        shutil.copy(PLUGIN / name, clone / name)
     where = os.environ | {
         "CLONE": str(clone),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(PLUGIN.parent.parent),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as in this process: most of the time is compilation
     }
-    command = "benchopt run $CLONE --config experiments/benchopt_plugin/quadratic.yml -n 15 -r 1 --no-plot --no-cache"
-    script = "\n".join(["set -e", *lines, f"{command} --output {tmp_path}/results.parquet"])
-    done = subprocess.run(["bash", "-c", script], cwd=PLUGIN.parent.parent, env=where, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    history = pd.read_parquet(tmp_path / "results.parquet")
-    history["name"] = history["solver_name"].str.split("[").str[0]
+
+    def call(*lines):
+        script = "\n".join(["set -e", *lines])
+        done = subprocess.run(["bash", "-c", script], cwd=home, env=where, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def results(command, count):
+        """Of a command of the README; of options that are given twice benchopt takes the last."""
+        file = home / f"{count}.parquet"  # a name of its own, because benchopt does not overwrite
+        call(f"{command} -n {count} -r 1 --no-plot --no-cache --output {file}")
+        history = pd.read_parquet(file)
+        history["name"] = history["solver_name"].str.split("[").str[0]
+        assert (history.groupby("solver_name")["stop_val"].max() == count).all()
+        return history
+
+    return call, results
+
+
+def readme(start):
+    """Its lines that begin so."""
+    return re.findall(rf"^{start} .*$", (PLUGIN / "README.md").read_text(), re.MULTILINE)
+
+
+def test_the_readme_runs_in_another_benchmark(follow):
+    call, results = follow
+    assert len(readme("cp")) == len(readme("benchopt run")) == 2
+    call(*readme("cp"))
+    history = results(readme("benchopt run")[0], 2)
+    solvers_there = [f"bilevel_jax {name}" for name in ("SABA", "SABA", "SRBA")]  # two step sizes of SABA
+    assert sorted(history.groupby("solver_name")["name"].first()) == solvers_there
+    assert history["objective_gradient_norm"].notna().all()
+
+
+def test_the_readme_runs_in_our_benchmark(follow):
+    _, results = follow
+    history = results(readme("benchopt run")[1], 15)
     assert set(history["name"]) == NAMES
-    assert (history.groupby("name")["stop_val"].max() == 15).all()
     first, last = (history[history["stop_val"] == count].set_index("name") for count in (0, 15))
     assert (first["objective_gradient_norm"] > 1).all()
     for name, limit in {"SABA": 1e-3, "SRBA": 1e-3, "AID": 1e-2}.items():  # those without noise

@@ -38,6 +38,9 @@ def block_loss(function: RangeLoss, samples: int, size: int) -> Loss:
         samples: how many there are.
         size: samples of a block; the last one has ``samples mod size``, where that is not 0.
 
+    Raises:
+        ValueError: (when traced) for several blocks that are not all.
+
     Example:
         >>> f = lambda z, x, start, batch_size: jnp.arange(10.0)[start : start + batch_size].mean()
         >>> [float(block_loss(f, 10, 4)(None, None, jnp.arange(3)))]
@@ -48,6 +51,8 @@ def block_loss(function: RangeLoss, samples: int, size: int) -> Loss:
     def loss(z: PyTree, x: PyTree, blocks: Array) -> Array:
         if len(blocks) == count:
             return function(z, x, 0, batch_size=samples)
+        if len(blocks) != 1:
+            raise ValueError(f"blocks: got {len(blocks)}, expected 1 or all {count}")
 
         def whole() -> Array:
             return count * size / samples * function(z, x, blocks[0] * size, batch_size=size)
