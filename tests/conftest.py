@@ -36,3 +36,13 @@ def strict():
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture
+def optimised():
+    """Programs as users compile them, with their optimisations, in a test that counts copies or follows rounding."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)

@@ -63,7 +63,12 @@ def own_code(state: Any) -> int:
     return int(state.stages[1].status.code)
 
 
-@kinds(*ACCELERATED, "bvfsm", "bda", "iaptt")  # which take no wild steps, or overflow within the first update
+#: Which take no wild steps, or overflow within the first update.  On later versions of jax HOAG does: a norm that it compares
+#: with its tolerance is not finite at once.
+TAME = (*ACCELERATED, "bvfsm", "bda", "iaptt", *(["hoag"] if jax.__version_info__ >= (0, 11) else []))
+
+
+@kinds(*TAME)
 def test_guard_freezes_the_last_finite_state(name):
     """Against the states that the bare solver goes through; tables included, once flushed."""
     states, held = both(name, WILD)

@@ -49,9 +49,9 @@ def texts(cell):
 def execute(name, monkeypatch, short):
     """The notebook, run in its folder by a kernel, which is another process than that of the strict settings."""
     if short:
-        monkeypatch.setenv("BILEVEL_JAX_SHORT", "1")  # what makes this suite compile faster is left, too
+        monkeypatch.setenv("BILEVEL_JAX_SHORT", "1")  # XLA_FLAGS of conftest.py, for less effort of compilation, are left
     else:
-        for variable in ("BILEVEL_JAX_SHORT", "JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"):
+        for variable in ("BILEVEL_JAX_SHORT", "XLA_FLAGS"):
             monkeypatch.delenv(variable, raising=False)
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel draws into the notebook
     notebook = read(name)

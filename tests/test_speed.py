@@ -19,16 +19,6 @@ from experiments.speed.timing import CAN_PIN, Program, Times, build, copies, int
 MEASURED = ["wall_us", "process_us", "spread", "compile_s", "peak_mb"]
 
 
-@pytest.fixture
-def optimised():
-    """Programs as users compile them: copies are counted in optimised text."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.values[name]
-    jax.config.update(name, False)
-    yield
-    jax.config.update(name, before)
-
-
 @pytest.mark.usefixtures("optimised")
 def test_command_writes_complete_tables(tmp_path, capsys):
     out = tmp_path / "new" / "folder"

@@ -19,16 +19,6 @@ SMALL = Size(Sizes(256, 128, 8, 3), 64)
 RATES = {"ijcnn1": 1.0, "cleaning": 300.0}
 
 
-@pytest.fixture
-def optimised():
-    """Programs as users compile them."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.values[name]
-    jax.config.update(name, False)
-    yield
-    jax.config.update(name, before)
-
-
 def after(solver, shape, steps, at):
     batch = samplers.full().batches(shape.data, jax.random.key(0), 0, solver.draws)
     state = solver.init(at, batch)
