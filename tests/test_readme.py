@@ -14,7 +14,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def newcomer(monkeypatch):
-    """JAX as it comes: none of the strict settings of this suite."""
+    """JAX as it comes: none of the strict settings of this suite but for the effort of compilation."""
     import jax
 
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
