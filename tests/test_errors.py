@@ -384,7 +384,7 @@ CASES = {
         ("method: got LinearSolver", "expected a method of bilevel_jax.hypergrad, as hypergrad.implicit(solver)"),
     ),
     **{
-        f"{given!r} for the linear solver of {make.__name__}": Case(
+        f"{says} for the linear solver of {make.__name__}": Case(
             lambda make=make, given=given: make(good(), TWO, linear_solver=given),
             TypeError,
             ("linear_solver:", says, "expected a solver of bilevel_jax.linear_solve", hint),
