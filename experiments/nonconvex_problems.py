@@ -23,7 +23,7 @@ from bilevel_jax.projections import project, proximal_sgd
 from bilevel_jax.types import Array
 
 #: The losses need no data.
-NOTHING = Levels(jnp.zeros(1), jnp.zeros(1))
+NOTHING = Levels(np.zeros(1, np.float32), np.zeros(1, np.float32))
 TARGET = 2.0  # a, and every entry of c, of sine
 BOX = 10.0
 Projection = Callable[[Any], Any] | None

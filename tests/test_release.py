@@ -78,6 +78,14 @@ def test_import_touches_no_device_network_flag_or_extra():
     assert {name.replace(".", "/") for name in modules} == {file.removesuffix("/__init__") for file in files}
 
 
+def test_imports_of_the_experiments_touch_no_device():
+    """`experiments.speed` keeps to one core by what it does before jax starts, and others ask for several CPU devices."""
+    found = watched_import("experiments", ROOT)
+    assert {name: error for name, error in found["failed"].items() if "ModuleNotFoundError" not in error} == {}
+    assert found["flags"] == []
+    assert len(found["modules"]) > 60
+
+
 def test_the_watch_sees_a_module_that_does_all_of_it(tmp_path):
     (tmp_path / "worst.py").write_text(WORST)
     (tmp_path / "extra.py").touch()
