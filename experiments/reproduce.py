@@ -250,8 +250,13 @@ def main(config: Config) -> None:
     reproduce(FIGURES, config)
 
 
-if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT is ignored behind an "&" of a script
+def listen() -> None:
+    """Take SIGTERM and SIGHUP like Ctrl-C, and Ctrl-C also where it is ignored, as behind an "&" of a script."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup asks for
             signal.signal(number, signal.default_int_handler)
+
+
+if __name__ == "__main__":
+    listen()
     main(tyro.cli(Config))

@@ -215,8 +215,8 @@ def test_ctrl_c_is_passed_on_and_the_next_call_goes_on(fakes, tmp_path):
     rows = [tuple(one) for one in table]
     program = (
         "from pathlib import Path; from experiments.catalogue import Figure\n"
-        "from experiments.reproduce import Config, reproduce\n"
-        f"reproduce([Figure(*row) for row in {rows}], Config(out=Path({str(tmp_path)!r}), jobs=2))"
+        "from experiments.reproduce import Config, listen, reproduce\n"
+        f"listen(); reproduce([Figure(*row) for row in {rows}], Config(out=Path({str(tmp_path)!r}), jobs=2))"
     )
     slow = os.environ | {"FAKE_SECONDS": "60"}
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, env=slow)
