@@ -36,6 +36,7 @@ def newcomer():
 @pytest.mark.parametrize("page", [name for name in PAGES if blocks(name)])
 def test_blocks_run_in_order(page, newcomer):
     namespace: dict = {"__name__": page}
+    assert any("assert " in block for block in blocks(page))  # the blocks say what must come out
     for block in blocks(page):
         exec(compile(block, str(DOCS / page), "exec"), namespace)
 
