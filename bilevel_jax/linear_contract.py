@@ -1,8 +1,9 @@
-"""The contract of linear solvers, and the front end that all of `bilevel_jax.linear_solve` share: pytrees to one vector,
-derivatives, damping, and what to do with numbers that are not finite.
+"""The contract of linear solvers, and the front end that all of `bilevel_jax.linear_solve` share: pytrees as one vector,
+derivatives, damping, and values that are not finite.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,18 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
 from bilevel_jax import checks
 from bilevel_jax.results import Result, all_finite
+from bilevel_jax.trees import widest
 from bilevel_jax.types import Array, PyTree
 
 
 class Stats(NamedTuple):
     """How a solve ended."""
 
-    code: Array  # int32 [], a `bilevel_jax.Result`
-    residual: Array  # float [], |A u - b|_2 recomputed at the end, where the solver does not call it an estimate
+    code: Array  # int32 [], a `bilevel_jax.Result`, of the damped system where there is damping
+    #: float [], |A u - b|_2 without damping, recomputed at the end, where the solver does not call it an estimate.  Where b is
+    #: not finite, neither is this.
+    residual: Array
     steps: Array  # int32 [], applications of A that were done
 
 
@@ -45,48 +50,45 @@ def from_vectors(
     draws: int = 0,
     damping: Any = 0.0,
 ) -> LinearSolver:
-    """A solver on pytrees from ``iterate(A, b, guess, eps, key) -> (u, Stats)`` on vectors, with ``A(u, k)``.
+    """A solver on pytrees from ``iterate(system, b, guess, eps, key) -> (u, Stats)`` on vectors; see `VectorSystem`.
 
     On one vector a step is a few operations, where every leaf would add its own (forty leaves: `cg` takes half the time).
-    ``symmetric`` is None for what is differentiated as it is written; otherwise ``du = A^-1 (db - dA u)``.
+    ``symmetric`` is None for what is differentiated as it is written; otherwise ``du = A^-1 (db - dA u)``, where the damping
+    belongs to A.
     """
+    damped = not (isinstance(damping, int | float) and damping == 0)
 
     def solve(matvec: Any, rhs: PyTree, guess: PyTree = None, key: Any = None) -> tuple[PyTree, Stats]:
         checks.floating("rhs", rhs)
-        dtypes = [leaf.dtype for leaf in jax.tree.leaves(rhs)]
-        eps = max(float(jnp.finfo(d).eps) for d in dtypes)  # of the products
-        wide = max((np.dtype(np.float32), *dtypes), key=lambda d: jnp.finfo(d).bits)
-
-        def ravel(tree: PyTree) -> Any:
-            return ravel_pytree(jax.tree.map(lambda leaf: jnp.asarray(leaf, wide), tree))
-
-        b, unravel = ravel(rhs)
+        eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(rhs))  # of the products
+        b, ravel, unravel = as_vector(rhs)
         if guess is not None:
             checks.same_shapes("guess", guess, rhs, "rhs")
-            guess = jnp.where(all_finite(guess), ravel(guess)[0], jnp.zeros_like(b))
-
-        def narrow(u: Array) -> PyTree:
-            return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), unravel(u), rhs)
+            guess = jnp.where(all_finite(guess), ravel(guess), jnp.zeros_like(b))
 
         def apply(u: Array, k: Any = None) -> Array:
-            product = matvec(narrow(u), k) if draws else matvec(narrow(u))
+            product = matvec(unravel(u), k) if draws else matvec(unravel(u))
             checks.same_shapes("matvec(u)", product, rhs, "rhs")
-            flat = ravel(product)[0]
-            return flat if isinstance(damping, int | float) and damping == 0 else flat + cast(damping, u) * u
+            return ravel(product) + cast(damping, u) * u if damped else ravel(product)
 
-        def checked(A: Any, b: Array, guess: Array | None) -> tuple[Array, Stats]:
-            fine = all_finite(b)
+        def undamped(u: Array, r: Array) -> Array:
+            return norm(r + cast(lax.stop_gradient(damping), u) * u) if damped else norm(r)
+
+        def checked(
+            A: Any, b: Array, guess: Array | None, residual_norm: Callable[[Array, Array], Array] = undamped
+        ) -> tuple[Array, Stats]:
+            fine, size = all_finite(b), dot(b, b)  # not finite where b is not
             b = jnp.where(fine, b, jnp.zeros_like(b))
             guess = None if guess is None else jnp.where((b == 0).all(), b, guess)
-            u, (code, residual, steps) = iterate(A, b, guess, eps, key)
-            residual = jnp.where(fine, residual, jnp.full_like(residual, jnp.nan))
+            u, (code, residual, steps) = iterate(VectorSystem(A, residual_norm), b, guess, eps, key)
+            residual = jnp.where(fine, residual, size)
             fine &= all_finite(u)
             u = jnp.where(fine, u, jnp.zeros_like(u))
             return u, Stats(first_code((~fine, Result.NONFINITE), default=code), residual, steps)
 
         if symmetric is None:
             u, stats = checked(apply, b, guess)
-            return narrow(u), stats
+            return unravel(u), stats
         A, consts = jax.closure_convert(apply, b)  # one trace of matvec; all that may have a derivative becomes an argument
 
         @jax.custom_jvp
@@ -101,15 +103,40 @@ def from_vectors(
             _, change = jax.jvp(lambda b, consts: b - A(u, *consts), primals[1:], tangents[1:])
 
             def inverse(A: Any, b: Array) -> Array:
-                return checked(lambda u, k=None: A(u), b, None)[0]
+                return checked(lambda u, k=None: A(u), b, None, lambda u, r: norm(r))[0]
 
             return u, lax.custom_linear_solve(lambda u: A(u, *consts), change, inverse, inverse, bool(symmetric))
 
         still = lax.stop_gradient(consts)
         u, stats = checked(lambda u, k=None: A(u, *still), *lax.stop_gradient((b, guess)))
-        return narrow(solution(u, b, consts)), stats
+        return unravel(solution(u, b, consts)), stats
 
     return LinearSolver(solve, float(applications), draws)
+
+
+class VectorSystem(NamedTuple):
+    """A linear system on one vector, as the methods see it."""
+
+    A: Callable[..., Array]  # (u, k=None) -> the product, with damping
+    residual_norm: Callable[[Array, Array], Array]  # (u, b - A u) -> |b - A u| without damping
+
+
+def as_vector(tree: PyTree) -> tuple[Array, Callable[[PyTree], Array], Callable[[Array], PyTree]]:
+    """A pytree as one vector, the same map for trees like it, and the way back to its dtypes.
+
+    The vector has the widest dtype of the leaves, and float32 at least.
+    """
+    wide = widest(tree)
+
+    def ravel(tree: PyTree) -> Any:
+        return ravel_pytree(jax.tree.map(lambda leaf: jnp.asarray(leaf, wide), tree))
+
+    vector, back = ravel(tree)
+
+    def unravel(u: Array) -> PyTree:
+        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), back(u), tree)
+
+    return vector, lambda tree: ravel(tree)[0], unravel
 
 
 def scan_while_finite(step: Callable[[Any, Any], tuple[Array, Any]], state: Any, xs: Any) -> tuple[Any, Array]:
@@ -168,16 +195,34 @@ def select(condition: Array, a: Any, b: Any) -> Any:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
-def still(tree: PyTree) -> PyTree:
-    """Numbers that have no derivative, so that the rules may close over them."""
-    return jax.tree.map(lambda leaf: lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
-
-
 def number(name: str, value: Any, zero: bool = False) -> Any:
-    """A positive finite number (or 0, if ``zero``), else an error; traced ones pass."""
+    """The value if it is a positive finite number (or 0, if ``zero``), else TypeError or ValueError; traced ones pass."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a number")
     known = not isinstance(value, Tracer) and np.ndim(value) == 0
     if known and not (0 < value < np.inf or (zero and value == 0)):
         raise ValueError(f"{name}: got {value}, expected a finite number {'of at least' if zero else 'above'} 0")
-    return still(value)
+    return value
+
+
+def constant(name: str, tree: PyTree) -> PyTree:
+    """The same numbers, which custom derivative rules may close over: they must not be differentiated.
+
+    Raises:
+        TypeError: (when traced) if the derivative with respect to one of them is asked for.
+    """
+
+    @jax.custom_jvp
+    def identity(value: Array) -> Array:
+        return value
+
+    @partial(identity.defjvp, symbolic_zeros=True)
+    def _(primals: tuple, tangents: tuple) -> tuple:
+        if not isinstance(tangents[0], SymbolicZero):
+            raise TypeError(
+                f"{name}: got a number that is differentiated, expected a constant: the result does not depend on it, or not "
+                f"smoothly; pass jax.lax.stop_gradient({name})"
+            )
+        return primals[0], tangents[0]
+
+    return jax.tree.map(lambda leaf: lax.stop_gradient(identity(leaf)) if isinstance(leaf, jax.Array) else leaf, tree)

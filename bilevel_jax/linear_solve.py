@@ -25,7 +25,9 @@ from bilevel_jax import checks
 from bilevel_jax.linear_contract import (
     LinearSolver,
     Stats,
+    VectorSystem,
     cast,
+    constant,
     dot,
     first_code,
     from_vectors,
@@ -62,9 +64,8 @@ class _CG(NamedTuple):
     p: Array  # float [n], direction
     rr: Array  # float [], r'r
     scale: Array  # float [], largest |A p| / |p| seen, a lower bound of |A|
-    best: Array  # float [n], the iterate of smallest true residual, among those checked
-    least: Array  # float [], that residual
-    residual: Array  # float [], the true residual at the last check
+    best: tuple[Array, Array, Array]  # the checked iterate of smallest true residual, that residual, and it without damping
+    residual: Array  # float [], the true residual without damping at the last check
     failures: Array  # int32 [], how often the recursive residual has met the tolerance
     steps: Array  # int32 []
     total: Array  # int32 [], applications of A
@@ -96,12 +97,12 @@ def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0)
         ([1.0, 0.25], 'SUCCESSFUL', 3)
     """
     checks.positive_int("max_steps", max_steps)
-    atol, damping = number("atol", atol, zero=True), number("damping", damping, zero=True)
-    rtol = None if rtol is None else number("rtol", rtol, zero=True)
+    atol, damping = constant("atol", number("atol", atol, zero=True)), number("damping", damping, zero=True)
+    rtol = None if rtol is None else constant("rtol", number("rtol", rtol, zero=True))
 
-    def iterate(A: Any, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
+    def iterate(system: VectorSystem, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del key
-        rr = dot(b, b)
+        A, rr = system.A, dot(b, b)
         target = cast(atol, rr) + cast(eps**0.5 if rtol is None else rtol, rr) * norm(b)
 
         def step(s: _CG, Ap: Array) -> _CG:
@@ -129,8 +130,9 @@ def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0)
         def check(s: _CG, Au: Array) -> _CG:
             r = b - Au
             residual, uAu = norm(r), dot(s.u, Au)
+            now = s.u, residual, system.residual_norm(s.u, r)
             failures = s.failures + (jnp.sqrt(s.rr) <= target).astype(jnp.int32)
-            best, least = select(residual < s.least, (s.u, residual), (s.best, s.least))
+            best = select(residual < s.best[1], now, s.best)
             code = first_code(
                 (s.code > Result.MAX_STEPS_REACHED, s.code),
                 (~all_finite(Au), Result.NONFINITE),
@@ -139,19 +141,20 @@ def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0)
                 (failures >= 2, Result.STAGNATION),
                 default=s.code,
             )
-            u, residual = select(code == Result.STAGNATION, (best, least), (s.u, residual))
+            u, _, residual = select(code == Result.STAGNATION, best, now)
             p = s.p + (r - s.r)  # p = r + beta p_old was made with the r of the recursion: exchange that for the true one
-            s = s._replace(u=u, r=r, p=p, rr=dot(r, r), best=best, least=least, residual=residual, failures=failures)
+            s = s._replace(u=u, r=r, p=p, rr=dot(r, r), best=best, residual=residual, failures=failures)
             return s._replace(code=code, checking=jnp.array(False))
 
         def apply(s: _CG) -> _CG:  # one application a pass, so that under vmap no lane pays for another's checks
             s = s._replace(total=s.total + 1)
             return lax.cond(s.checking, check, step, s, A(jnp.where(s.checking, s.u, s.p)))
 
-        zeros, inf, count, code = jnp.zeros_like(b), jnp.full_like(rr, jnp.inf), jnp.int32(0), jnp.int32(-1)
-        s = _CG(zeros, b, b, rr, 0 * rr, zeros, inf, inf, count, count, count, code, jnp.sqrt(rr) <= target)
+        zeros, large, count, code = jnp.zeros_like(b), jnp.full_like(rr, jnp.finfo(rr.dtype).max), jnp.int32(0), jnp.int32(-1)
+        best = zeros, large, large
+        s = _CG(zeros, b, b, rr, 0 * rr, best, large, count, count, count, code, jnp.sqrt(rr) <= target)
         if guess is not None:  # the first check turns r = p = 0 into b - A guess
-            s = s._replace(u=guess, r=zeros, p=zeros, rr=inf, checking=jnp.array(True))
+            s = s._replace(u=guess, r=zeros, p=zeros, rr=large, checking=jnp.array(True))
         s = lax.while_loop(lambda s: (s.code < 0) | s.checking, apply, s)
         return s.u, Stats(s.code, s.residual, s.total)
 
@@ -182,7 +185,7 @@ def richardson(*, steps: int, rate: Any, fresh: bool = False) -> LinearSolver:
         >>> u.tolist(), stats.residual.tolist()
         ([0.875], 0.125)
     """
-    rate = number("rate", rate)
+    rate = number("rate", rate) if fresh else constant("rate", number("rate", rate))
     return _march(steps, lambda b: (cast(rate, b), None), growth=1, symmetric=None if fresh else False)
 
 
@@ -209,7 +212,8 @@ def heavy_ball(*, steps: int, smoothness: Any, strong_convexity: Any) -> LinearS
         >>> solver.solve(lambda u: jnp.array([1.0, 4.0]) * u, jnp.ones(2))[0].round(5).tolist()
         [1.0, 0.25]
     """
-    smoothness, strong_convexity = number("smoothness", smoothness), number("strong_convexity", strong_convexity)
+    smoothness = constant("smoothness", number("smoothness", smoothness))
+    strong_convexity = constant("strong_convexity", number("strong_convexity", strong_convexity))
     if isinstance(smoothness, int | float) and isinstance(strong_convexity, int | float) and smoothness < strong_convexity:
         raise ValueError(f"smoothness: got {smoothness}, expected at least strong_convexity, {strong_convexity}")
 
@@ -242,29 +246,33 @@ def dense(*, positive_definite: bool = True, damping: Any = 0.0) -> LinearSolver
         ([1.0, 1.0], 'SUCCESSFUL')
     """
 
-    def iterate(A: Any, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
+    def iterate(system: VectorSystem, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del guess, key
         with jax.default_matmul_precision("highest"):
-            matrix = jax.vmap(A, out_axes=1)(jnp.eye(b.size, dtype=b.dtype))
-            lower = jnp.linalg.cholesky(matrix) if positive_definite else jnp.full_like(matrix, jnp.nan)
-            definite = jnp.isfinite(lower).all()
+            matrix = jax.vmap(system.A, out_axes=1)(jnp.eye(b.size, dtype=b.dtype))
 
             def general() -> tuple[Array, Array]:
                 factors, order = jax.scipy.linalg.lu_factor(matrix)
                 return jax.scipy.linalg.lu_solve((factors, order), b), jnp.abs(jnp.diagonal(factors))
 
-            def symmetric() -> tuple[Array, Array]:
-                return jax.scipy.linalg.cho_solve((lower, True), b), jnp.diagonal(lower) ** 2
+            if positive_definite:
+                lower = jnp.linalg.cholesky(matrix)
+                definite = jnp.isfinite(lower).all()
 
-            u, pivots = lax.cond(definite, symmetric, general)
+                def symmetric() -> tuple[Array, Array]:
+                    return jax.scipy.linalg.cho_solve((lower, True), b), jnp.diagonal(lower) ** 2
+
+                u, pivots = lax.cond(definite, symmetric, general)
+            else:
+                (u, pivots), definite = general(), jnp.array(True)
         u = jnp.where(jnp.isfinite(u).all(), u, jnp.zeros_like(u))
-        residual = norm(b - A(u))
+        r = b - system.A(u)
         code = first_code(
             (~jnp.isfinite(matrix).all(), Result.NONFINITE),
-            (~((pivots.min() > b.size * eps * pivots.max()) & (residual <= eps**0.25 * norm(b))), Result.SINGULAR),
-            (~definite & positive_definite, Result.NEGATIVE_CURVATURE),
+            (~((pivots.min() > b.size * eps * pivots.max()) & (norm(r) <= eps**0.25 * norm(b))), Result.SINGULAR),
+            (~definite, Result.NEGATIVE_CURVATURE),
         )
-        return u, Stats(code, residual, jnp.int32(b.size + 1))
+        return u, Stats(code, system.residual_norm(u, r), jnp.int32(b.size + 1))
 
     return from_vectors(iterate, float("nan"), symmetric=positive_definite, damping=number("damping", damping, zero=True))
 
@@ -313,9 +321,9 @@ def _march(steps: int, rates: Callable[[Array], tuple], *, growth: float, symmet
     checks.positive_int("steps", steps)
     fresh = symmetric is None
 
-    def iterate(A: Any, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
+    def iterate(system: VectorSystem, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del key
-        lam, th = rates(b)
+        A, (lam, th) = system.A, rates(b)
         u = jnp.zeros_like(b) if guess is None else guess
 
         def step(state: tuple, k: Array) -> tuple:

@@ -6,7 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel_jax.linear_contract import LinearSolver, Stats, cast, dot, first_code, from_vectors, norm, number, still
+from bilevel_jax.linear_contract import (
+    LinearSolver,
+    Stats,
+    VectorSystem,
+    cast,
+    constant,
+    dot,
+    first_code,
+    from_vectors,
+    norm,
+    number,
+)
 from bilevel_jax.results import Result, all_finite
 from bilevel_jax.types import Array
 
@@ -41,10 +52,11 @@ def from_lineax(solver: Any, *, positive_definite: bool = False, damping: Any = 
     lx = import_lineax("from_lineax")
     if not isinstance(solver, lx.AbstractLinearSolver):
         raise TypeError(f"solver: got {type(solver).__name__}, expected a solver of lineax")
-    solver = still(solver)
+    solver = constant("solver", solver)
 
-    def iterate(A: Any, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
+    def iterate(system: VectorSystem, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del key
+        A = system.A
         tags = lx.positive_semidefinite_tag if positive_definite else ()
         operator = lx.FunctionLinearOperator(lambda u: A(u), jax.ShapeDtypeStruct(b.shape, b.dtype), tags)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -53,7 +65,7 @@ def from_lineax(solver: Any, *, positive_definite: bool = False, damping: Any = 
         u = jnp.where(fine, found.value, jnp.zeros_like(b) if guess is None else guess)
         Au, Ab = A(u), A(b)
         rtol, atol = (cast(getattr(solver, name, 0.0), b) for name in ("rtol", "atol"))
-        residual, most = norm(b - Au), 2 * atol * b.size**0.5 + (eps**0.25 + 2 * rtol) * norm(b)
+        r, most = b - Au, 2 * atol * b.size**0.5 + (eps**0.25 + 2 * rtol) * norm(b)
         curved = (dot(u, Au) < eps * norm(u) * norm(Au)) | (dot(b, Ab) < eps * norm(b) * norm(Ab))
         code = first_code(
             (~all_finite((Au, Ab)), Result.NONFINITE),
@@ -61,11 +73,11 @@ def from_lineax(solver: Any, *, positive_definite: bool = False, damping: Any = 
             (curved & positive_definite, Result.NEGATIVE_CURVATURE),
             (found.result == lx.RESULTS.max_steps_reached, Result.MAX_STEPS_REACHED),
             (found.result == lx.RESULTS.breakdown, Result.BREAKDOWN),
-            (~(fine & (residual <= most)), Result.SINGULAR),
+            (~(fine & (norm(r) <= most)), Result.SINGULAR),
             (found.result == lx.RESULTS.stagnation, Result.STAGNATION),
             (found.result != lx.RESULTS.successful, Result.SINGULAR),
         )
-        return u, Stats(code, residual, jnp.asarray(found.stats.get("num_steps", b.size), jnp.int32) + 2)
+        return u, Stats(code, system.residual_norm(u, r), jnp.asarray(found.stats.get("num_steps", b.size), jnp.int32) + 2)
 
     return from_vectors(iterate, float("nan"), symmetric=positive_definite, damping=number("damping", damping, zero=True))
 

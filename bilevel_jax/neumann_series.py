@@ -11,7 +11,9 @@ from bilevel_jax import checks
 from bilevel_jax.linear_contract import (
     LinearSolver,
     Stats,
+    VectorSystem,
     cast,
+    constant,
     from_vectors,
     norm,
     number,
@@ -49,7 +51,7 @@ def neumann(*, terms: int, rate: Any, fresh: bool = False, batches: tuple[int, .
         [0.875]
     """
     checks.positive_int("terms", terms)
-    rate = number("rate", rate)
+    rate = number("rate", rate) if fresh else constant("rate", number("rate", rate))
     if batches is not None and not fresh:
         raise ValueError("batches: got them without fresh=True, expected None, because all samples are then the same")
     batches = (1,) * terms if batches is None else tuple(checks.positive_int("batches", count) for count in batches)
@@ -58,9 +60,9 @@ def neumann(*, terms: int, rate: Any, fresh: bool = False, batches: tuple[int, .
     total = sum(batches)
     weights, ends = np.repeat([1 / count for count in batches], batches), np.isin(np.arange(1, total + 1), np.cumsum(batches))
 
-    def iterate(A: Any, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
+    def iterate(system: VectorSystem, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del guess, key
-        eta = cast(rate, b)
+        A, eta = system.A, cast(rate, b)
 
         def factor(state: tuple, k: Array) -> tuple:
             r, s = state
@@ -138,12 +140,12 @@ def random_neumann(*, terms: int, rate: Any, fresh: bool = False) -> LinearSolve
     checks.positive_int("terms", terms)
     rate = number("rate", rate)
 
-    def iterate(A: Any, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
+    def iterate(system: VectorSystem, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del guess
         if key is None:
             raise ValueError("key: got None, expected a key, from which random_neumann draws the number of its factors")
         p = jax.random.randint(key, (), 0, terms, jnp.int32)
-        eta = cast(rate, b)
+        A, eta = system.A, cast(rate, b)
 
         def factor(r: Array, k: Array) -> tuple[Array, Array]:
             r = lax.cond(k < p, lambda: r - eta * A(r, k), lambda: r)

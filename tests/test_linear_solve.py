@@ -250,6 +250,7 @@ def test_max_steps_is_information():
 
 @pytest.mark.parametrize("make", [cg, auto, dense, from_lineax])
 def test_damping(make):
+    """The solution is that of the damped system, the residual that of the other one."""
     solver = {
         cg: lambda: cg(max_steps=50, rtol=1e-12, damping=0.7),
         auto: lambda: auto(damping=0.7),
@@ -259,6 +260,8 @@ def test_damping(make):
     A = spectrum(-0.5, 0, 0.1, 0.3, 0.6, 1.0)
     u, stats = compiled(lambda b: solver.solve(lambda u: A @ u, b))(B)
     np.testing.assert_allclose(u, np.linalg.solve(A + 0.7 * np.eye(N), B), atol=1e-10)
+    np.testing.assert_allclose(stats.residual, np.linalg.norm(A @ u - B), rtol=1e-10)
+    assert stats.residual > 0.1
     assert stats.code == OK
 
 
@@ -331,7 +334,7 @@ def test_fresh_samples(make):
 
 
 def test_rates_may_be_traced():
-    """As schedules at a traced step, in float32 too; they have no derivative, and do not compile again."""
+    """As schedules at a traced step, in float32 too; they do not compile again."""
     traces = []
 
     def solvers(rate):
@@ -343,17 +346,77 @@ def test_rates_may_be_traced():
         key = jax.random.key(3)
         return [solver.solve(lambda u: SPD @ u, b, key=key)[0] for solver in solvers(0.8 / (1 + step))]
 
-    run = compiled(jax.jacfwd(lambda step, b: (ours(step, b),) * 2, has_aux=True))
+    run = compiled(ours)
     for step in (np.float32(0.0), np.float32(1.0)):
-        slopes, (sums, product, steps, heavy) = run(step, B)
+        sums, product, steps, heavy = run(step, B)
         rate = 0.8 / (1 + float(step))
         np.testing.assert_allclose(sums, np.linalg.solve(SPD, (np.eye(N) - power(rate, 4)) @ B), atol=1e-6)
         np.testing.assert_allclose(steps, sums, atol=1e-12)
         assert min(np.abs(product - 3 * rate * power(rate, p) @ B).max() for p in range(3)) < 1e-6
         assert np.linalg.norm(SPD @ heavy - B) < np.linalg.norm(B)
-        for i in (0, 2, 3):
-            np.testing.assert_array_equal(slopes[i], 0)
     assert len(traces) == 1
+
+
+#: A function of one number t, each in one argument of a linear solver, and whether it is differentiated.
+DIFFERENTIATED = {
+    "damping of cg": lambda t: cg(max_steps=30, rtol=1e-14, damping=t),
+    "damping of dense": lambda t: dense(damping=t),
+    "damping of dense, LU": lambda t: dense(positive_definite=False, damping=t),
+    "damping of auto": lambda t: auto(damping=t),
+    "damping of lineax": lambda t: from_lineax(lineax.LU(), damping=t),
+    "rate of fresh richardson": lambda t: richardson(steps=4, rate=t, fresh=True),
+    "rate of fresh neumann": lambda t: neumann(terms=4, rate=t, fresh=True),
+    "rate of random_neumann": lambda t: random_neumann(terms=4, rate=t),
+}
+REFUSED = {
+    "rtol": [lambda t: cg(max_steps=30, rtol=t), lambda t: auto(rtol=t)],
+    "atol": [lambda t: cg(max_steps=30, atol=t)],
+    "rate": [lambda t: richardson(steps=4, rate=t), lambda t: neumann(terms=4, rate=t)],
+    "smoothness": [lambda t: heavy_ball(steps=4, smoothness=t, strong_convexity=LOW)],
+    "strong_convexity": [lambda t: heavy_ball(steps=4, smoothness=HIGH, strong_convexity=t)],
+    "solver": [lambda t: from_lineax(lineax.CG(rtol=t, atol=t), positive_definite=True)],
+}
+
+
+def sum_of_solution(make):
+    """``t -> sum u`` with the matrix SPD and the right-hand side B."""
+
+    def value(t):
+        solver = make(t)
+        matvec = (lambda u, k: SPD @ u) if solver.draws else (lambda u: SPD @ u)
+        return solver.solve(matvec, jnp.asarray(B), key=jax.random.key(1))[0].sum()
+
+    return value
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_derivatives_in_the_numbers_of_a_solver(name):
+    """Forward, reverse and second order, against central differences."""
+    value = sum_of_solution(DIFFERENTIATED[name])
+    t, h = np.float64(0.7), 1e-4
+
+    def derivatives(t):
+        slope = jax.grad(value)
+        return value(t), slope(t), jax.jacfwd(value)(t), jax.jacfwd(slope)(t)
+
+    run = compiled(jax.vmap(derivatives))
+    (low, middle, high), slopes, forward, curvature = run(np.array([t - h, t, t + h]))
+    assert abs(slopes[1]) > 1e-2
+    np.testing.assert_allclose(slopes[1], (high - low) / (2 * h), rtol=1e-6)
+    np.testing.assert_allclose(forward, slopes, rtol=1e-10)
+    np.testing.assert_allclose(curvature[1], (slopes[2] - slopes[0]) / (2 * h), rtol=1e-5)
+    del middle
+
+
+@pytest.mark.parametrize(("argument", "make"), [(name, make) for name, makes in REFUSED.items() for make in makes])
+def test_numbers_that_have_no_derivative_are_refused(argument, make):
+    """Only where the derivative in them is asked for: traced, mapped over, or stopped they pass."""
+    value, t = sum_of_solution(make), np.float64(0.5)
+    for derivative in (jax.grad, jax.jacfwd, lambda f: jax.grad(jax.jit(f))):
+        with pytest.raises(TypeError, match=f"{argument}: got a number that is differentiated, expected a constant"):
+            jax.eval_shape(derivative(value), t)
+    jax.eval_shape(jax.vmap(value), jnp.full(2, t))
+    jax.eval_shape(jax.grad(lambda t: value(jax.lax.stop_gradient(t)) * t), t)
 
 
 def test_neumann_with_nested_batches():
@@ -533,7 +596,7 @@ def test_derivatives_of_batches_of_what_matvec_closes_over():
 
     def ours(i, key, t):
         matvec, b = parts(i, key, t)
-        u, _ = cg(max_steps=20, rtol=1e-12 * t).solve(matvec, b, t * jnp.ones(3))
+        u, _ = cg(max_steps=20, rtol=1e-12 * jax.lax.stop_gradient(t)).solve(matvec, b, t * jnp.ones(3))
         return u @ u
 
     def exact(i, key, t):
