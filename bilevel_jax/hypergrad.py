@@ -28,7 +28,8 @@ class Stats(NamedTuple):
 
     code: Array  # int32 [], a `bilevel_jax.Result`
     inner_residual: Array  # |d_z g(z, x)|: 0 at z = z*(x)
-    adjoint_residual: Array  # |d2_zz g v + d_z f|, or the bound on it that the linear solver has; inf where there is no v
+    #: |d2_zz g v + d_z f|, without damping, or the estimate that the linear solver documents; None where a method has no v.
+    adjoint_residual: Array | None
     steps: Array  # int32 [], Hessian-vector products (implicit) or inner steps (iterative)
     inner: PyTree  # the z at which f was evaluated
     aux: PyTree  # v, to warm-start the next call with; None where a method has none
@@ -185,7 +186,7 @@ def _along_a_path(follow: "Follow", jacobian: "Jacobian", steps: int) -> Method:
         total = jax.tree.map(jnp.add, fx, pull(fz))
         residual = norm(gradient(last, x))
         code = _checked(jnp.zeros((), jnp.int32), (total, last))
-        return value, total, Stats(code, residual, jnp.full_like(residual, jnp.inf), jnp.int32(steps), last, None)
+        return value, total, Stats(code, residual, None, jnp.int32(steps), last, None)
 
     return method
 

@@ -6,6 +6,7 @@
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,10 +15,12 @@ import numpy as np
 from jax import lax
 
 from bilevel_jax import checks
+from bilevel_jax.arguments import Call, binder, split
 from bilevel_jax.hypergrad import Stats, account, usable
+from bilevel_jax.linear_contract import as_vector
 from bilevel_jax.linear_solve import LinearSolver
 from bilevel_jax.results import Result
-from bilevel_jax.types import PyTree
+from bilevel_jax.types import Array, PyTree
 
 
 def implicit_root(
@@ -31,10 +34,19 @@ def implicit_root(
 
     The inner solver may be anything: an optax loop, L-BFGS, optimistix, a ``pure_callback`` to another library, plain Python
     outside of jit; it is never differentiated.  With ``A = d optimality / d solution`` the derivative along ``dparams`` solves
-    ``A dz = -(d optimality / d params) dparams``.  Forward and reverse mode, `jax.hessian`, jit, vmap and nesting work.
+    ``A dz = -(d optimality / d params) dparams``.  Forward and reverse mode, `jax.hessian`, jit, vmap, `jax.checkpoint` and
+    nesting work.
+
+    *Parameters* are pytrees.  Floating-point leaves are differentiated; integers, booleans and keys have no derivative.  A leaf
+    that is no array (a string, a function, an enum) is static: it must be hashable, and a new value compiles anew.
+
+    *Arguments* may be given by position or by name.  Where ``optimality`` has the names of all required arguments of ``solve``,
+    they reach it by name, and an argument with a default whose name it lacks is an option of ``solve`` alone; otherwise they
+    reach it by position.  ``solve`` may lack ``init``: so it is if its first argument has the name of a parameter of
+    ``optimality``, or, where the two share no name, if it takes as many arguments as ``optimality`` has parameters.
 
     A derivative cannot return a code.  Where the linear system fails (any code but SUCCESSFUL, MAX_STEPS_REACHED and
-    STAGNATION), all of it is NaN, never a number to be believed; `root_vjp` tells why, and how far the optimality holds.
+    STAGNATION), all of it is NaN; `root_vjp` returns the code, and the residual of the optimality.
 
     Args:
         optimality: ``(solution, *params) -> pytree`` like the solution, such as ``jax.grad(loss)``.  It is compiled once for
@@ -49,7 +61,8 @@ def implicit_root(
 
     Raises:
         TypeError, ValueError: for anything but a ``LinearSolver``, and one that wants samples; (when called) if ``solve``
-            returns no pair with ``has_aux``; (when differentiated) if ``optimality`` is not shaped like the solution, or
+            returns no pair with ``has_aux``, for arguments that ``solve`` or ``optimality`` does not take, and for a parameter
+            that is neither an array nor hashable; (when differentiated) if ``optimality`` is not shaped like the solution, or
             that is not floating-point; jax's UnexpectedTracerError if a function closes over what is differentiated.
 
     Reference: Blondel, Berthet, Cuturi, Frostig, Hoyer, Llinares-López, Pedregosa, Vert, "Efficient and modular implicit
@@ -64,34 +77,42 @@ def implicit_root(
     """
     solver = usable(solver, positive_definite)
 
-    def careful(matvec: Any, rhs: PyTree) -> PyTree:
-        dz, stats = solver.solve(matvec, rhs)
-        return jax.tree.map(lambda d: jnp.where(stats.code <= Result.STAGNATION, d, jnp.full_like(d, jnp.nan)), dz)
+    @partial(jax.jit, static_argnums=0)  # or gradients outside of jit would compile their loops again and again
+    def tangent(call: Call, solution: PyTree, leaves: list, moving: list) -> PyTree:
+        dleaves = [_no_tangent(p) if d is None else d for p, d in zip(leaves, moving, strict=True)]
+        at = lambda z, leaves: call.apply_by_name(optimality, (z,), leaves)  # noqa: E731
+        _, jacobian, rhs = _linear_system(at, solution, leaves, dleaves)
+        b, ravel, unravel = as_vector(rhs)
 
-    @jax.jit  # or gradients outside of jit would compile their loops again and again, and seconds become milliseconds
-    def tangent(solution: PyTree, params: tuple, moving: tuple) -> PyTree:
-        dparams = jax.tree.map(lambda p, d: _no_tangent(p) if d is None else d, params, moving)
-        _, jacobian, rhs = _linear_system(optimality, solution, params, dparams)
-        return lax.custom_linear_solve(jacobian, rhs, careful, careful, positive_definite)
+        def inverse(matvec: Any, b: Array) -> Array:
+            dz, stats = solver.solve(lambda u: unravel(matvec(ravel(u))), unravel(b))
+            # NaN where the solve has failed, else 0; without a constant NaN, which jax_debug_nans reports
+            return ravel(dz) + jnp.log(jnp.where(stats.code <= Result.STAGNATION, 1, -1).astype(b.dtype))
+
+        # One vector: jax transposes the system only if all of its right-hand side depends on what is differentiated.
+        return unravel(lax.custom_linear_solve(lambda u: ravel(jacobian(unravel(u))), b, inverse, inverse, positive_definite))
 
     def decorate(solve: Callable[..., Any]) -> Callable[..., Any]:
-        @jax.custom_jvp
-        def root(init: PyTree, params: tuple) -> tuple[PyTree, PyTree]:
-            found = solve(init, *params)
+        bind = binder(solve, optimality)
+
+        @partial(jax.custom_jvp, nondiff_argnums=(0,))
+        def root(call: Call, init: tuple, leaves: list) -> tuple[PyTree, PyTree]:
+            found = call.apply(solve, init, leaves)
             if has_aux and not (isinstance(found, tuple) and len(found) == 2):
                 raise TypeError(f"solve: got {type(found).__name__}, expected (solution, aux), because has_aux is True")
             return found if has_aux else (found, None)
 
         @root.defjvp
-        def derivative(primals: tuple, tangents: tuple) -> tuple:
-            (init, params), (_, dparams) = primals, tangents
-            solution, aux = root(init, params)
-            dz = tangent(solution, params, jax.tree.map(_number, dparams))
+        def derivative(call: Call, primals: tuple, tangents: tuple) -> tuple:
+            (init, leaves), (_, dleaves) = primals, tangents
+            solution, aux = root(call, init, leaves)
+            dz = tangent(call, solution, leaves, [_number(d) for d in dleaves])
             return (solution, aux), (dz, jax.tree.map(_no_tangent, aux))
 
         @functools.wraps(solve)
-        def wrapped(init: PyTree, *params: Any) -> Any:
-            solution, aux = root(init, params)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            init, call, leaves = bind(*args, **kwargs)
+            solution, aux = root(call, init, leaves)
             return (solution, aux) if has_aux else solution
 
         return wrapped
@@ -121,8 +142,9 @@ def implicit_fixed_point(
         [[1.0, 0.0], [0.0, 0.0]]
     """
 
-    def residual(z: PyTree, *params: Any) -> PyTree:
-        image = fixed_point(z, *params)
+    @functools.wraps(fixed_point)
+    def residual(z: PyTree, *params: Any, **named: Any) -> PyTree:
+        image = fixed_point(z, *params, **named)
         checks.same_shapes("fixed_point", image, z, "the solution")
         return jax.tree.map(jnp.subtract, z, image)
 
@@ -144,7 +166,7 @@ def root_jvp(
     Args:
         optimality, solver, positive_definite: as for `implicit_root`.
         solution: z with ``optimality(z, *params) = 0``.
-        params, tangents: tuples.
+        params, tangents: tuples.  The tangent of a leaf that is not floating-point is not used.
         tolerance: if given, ``|optimality|`` above it is reported as INNER_NOT_CONVERGED.
 
     Returns:
@@ -155,7 +177,14 @@ def root_jvp(
         >>> float(dz), Result(int(stats.code)).name
         (0.25, 'SUCCESSFUL')
     """
-    value, jacobian, rhs = _linear_system(optimality, solution, params, tangents)
+    call, leaves = _split(solution, params)
+    if not isinstance(tangents, tuple):
+        raise TypeError(f"tangents: got {type(tangents).__name__}, expected a tuple")
+    along = [
+        d if jnp.issubdtype(jnp.result_type(p), jnp.inexact) else _no_tangent(p)
+        for p, d in zip(leaves, call.arrays_of(tangents), strict=True)
+    ]
+    value, jacobian, rhs = _linear_system(lambda z, leaves: call.apply(optimality, (z,), leaves), solution, leaves, along)
     dz, linear = usable(solver, positive_definite, tolerance).solve(jacobian, rhs)
     return dz, account(value, tolerance, linear, solution, None, dz)
 
@@ -183,38 +212,41 @@ def root_vjp(
         tolerance: if given, ``|optimality|`` above it is reported as INNER_NOT_CONVERGED.
 
     Returns:
-        ``(gradients, stats)``: a tuple like ``params``; the code is the linear solver's, ``inner_residual`` is
-        ``|optimality|``, ``aux`` is v.
+        ``(gradients, stats)``: a tuple like ``params``, with None for static leaves; the code is the linear solver's,
+        ``inner_residual`` is ``|optimality|``, ``aux`` is v.
 
     Example:
         >>> (slope,), stats = root_vjp(lambda z, t: z**2 - t, jnp.asarray(-2.0), (jnp.asarray(4.0),), jnp.ones(()))
         >>> float(slope), float(stats.inner_residual)
         (-0.25, 0.0)
     """
-    _check_root(solution, params)
-    value, pull = jax.vjp(lambda z: optimality(z, *params), solution)
+    call, leaves = _split(solution, params)
+    value, pull = jax.vjp(lambda z: call.apply(optimality, (z,), leaves), solution)
     checks.same_shapes("optimality", value, solution, "the solution")
     checks.same_shapes("cotangent", cotangent, solution, "the solution")
     rhs = jax.tree.map(jnp.negative, cotangent)
     v, linear = usable(solver, positive_definite, tolerance).solve(lambda u: pull(u)[0], rhs)
-    _, pull = jax.vjp(lambda p: optimality(solution, *p), params)
-    gradients = pull(v)[0]
-    return gradients, account(value, tolerance, linear, solution, v, (v, jax.tree.map(_number, gradients)))
+    _, pull = jax.vjp(lambda leaves: call.apply(optimality, (solution,), leaves), leaves)
+    slopes = pull(v)[0]
+    gradients, _ = call.fill(slopes, statics=False)
+    return gradients, account(value, tolerance, linear, solution, v, (v, [_number(slope) for slope in slopes]))
 
 
-def _linear_system(optimality: Any, solution: PyTree, params: tuple, dparams: tuple) -> tuple[PyTree, Any, PyTree]:
-    """The optimality, its Jacobian as a function, and the right-hand side of the derivative along ``dparams``."""
-    _check_root(solution, params)
-    value, moved = jax.jvp(lambda p: optimality(solution, *p), (params,), (dparams,))
+def _linear_system(at: Callable, solution: PyTree, leaves: list, dleaves: list) -> tuple[PyTree, Callable, PyTree]:
+    """The optimality ``at(solution, leaves)``, its Jacobian as a function, and the right-hand side along ``dleaves``."""
+    checks.floating("solution", solution)
+    value, moved = jax.jvp(lambda leaves: at(solution, leaves), (leaves,), (dleaves,))
     checks.same_shapes("optimality", value, solution, "the solution")
-    _, jacobian = jax.linearize(lambda z: optimality(z, *params), solution)
+    _, jacobian = jax.linearize(lambda z: at(z, leaves), solution)
     return value, jacobian, jax.tree.map(jnp.negative, moved)
 
 
-def _check_root(solution: PyTree, params: Any) -> None:
+def _split(solution: PyTree, params: Any) -> tuple[Call, list]:
+    """The parameters as a call of the optimality, and their arrays."""
     checks.floating("solution", solution)
     if not isinstance(params, tuple):
         raise TypeError(f"params: got {type(params).__name__}, expected a tuple")
+    return split(params, {}, tuple(f"params[{i}]" for i in range(len(params))))
 
 
 def _no_tangent(leaf: Any) -> Any:
@@ -225,4 +257,4 @@ def _no_tangent(leaf: Any) -> Any:
 
 def _number(leaf: Any) -> Any:
     """A tangent, or None for that of a parameter that has none (float0, which cannot go through jit)."""
-    return None if leaf.dtype == jax.dtypes.float0 else leaf
+    return None if jax.dtypes.result_type(leaf) == jax.dtypes.float0 else leaf

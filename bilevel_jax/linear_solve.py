@@ -1,14 +1,17 @@
 """Linear systems ``A u = b`` with the matrix given as a function: ``solve(matvec, rhs, guess=None, key=None) -> (u, Stats)``.
 
-In a bilevel problem ``A = d2_zz g`` and ``b = -d_z f``, and the solution is the v of the library's signs.  What a solver meets
-in the numbers never raises: it returns a code, a residual, and a solution without NaN; a right-hand side of 0 gives 0, one that
-is not finite 0 and NONFINITE.  Iterates whose squares overflow count as not finite.  Arguments out of range raise ValueError or
-TypeError when a solver is made; a guess or a ``matvec(u)`` that is not shaped like ``rhs``, when the call is traced.  Numbers
-(rates, tolerances, damping) may be traced; ``damping=d`` solves ``(A + d I) u = b``.
+In a bilevel problem ``A = d2_zz g`` and ``b = -d_z f``, and the solution is the v of the library's signs.  Numerical failure
+never raises: it is reported as a code, with a residual and a solution without NaN.  A right-hand side of 0 gives 0; one that is
+not finite gives 0 and NONFINITE.  Iterates whose squares overflow count as not finite.  Arguments out of range raise an error
+when a solver is made; a guess or a ``matvec(u)`` that is not shaped like ``rhs`` raises one when the call is traced.
+``damping=d`` solves ``(A + d I) u = b``; the residual is always ``|A u - b|``.
 
-Deterministic solvers are differentiated implicitly, ``du = A^-1 (db - dA u)`` with the same solver started at 0: forward and
-reverse, to any order, in the right-hand side and in whatever ``matvec`` closes over, but not in guess, rates or tolerances.
-Stochastic ones (fresh samples, or a key) are differentiated as they are written.
+*Derivatives.*  Deterministic solvers are differentiated implicitly, ``du = A^-1 (db - dA u)`` with the same solver started at
+0: forward and reverse, to any order, in the right-hand side, in the damping, and in whatever ``matvec`` closes over.  The guess
+has no derivative.  Solvers with fresh samples or a key are differentiated as they are written, in their rate too.
+
+*Numbers* may be traced.  Where the solution does not depend on one (tolerances, the rates and constants of deterministic
+solvers), TypeError is raised if its derivative is asked for: pass it through `jax.lax.stop_gradient`.
 
 Iterates and scalars are kept in float32 at least; ``matvec`` is given the dtypes of ``rhs``.  On accelerators that round the
 factors of float32 products, solve under ``jax.default_matmul_precision("highest")``: rounded products are not symmetric.
@@ -78,7 +81,8 @@ def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0)
 
     Args:
         max_steps: most steps; a small number is a normal use (AID), and MAX_STEPS_REACHED then information.
-        rtol, atol: tolerances; by default the square root of the machine epsilon of ``rhs``, and 0.
+        rtol, atol: tolerances; by default the square root of the machine epsilon of ``rhs``, and 0.  Not differentiable.
+        damping: d >= 0 in ``(A + d I) u = b``, whose residual is the one that is tested; differentiable.
 
     Returns:
         A solver.  Codes: SUCCESSFUL; MAX_STEPS_REACHED (last iterate); NEGATIVE_CURVATURE (``p'Ap <= eps |A| |p|^2``:
@@ -168,8 +172,8 @@ def richardson(*, steps: int, rate: Any, fresh: bool = False) -> LinearSolver:
 
     Args:
         steps: number of steps.
-        rate: a positive number, below 2/L.
-        fresh: whether every step uses a sample of its own: A_k is then ``matvec(u, k)``, and ``draws = steps``.
+        rate: a positive number, below 2/L; differentiable with ``fresh`` only.
+        fresh: whether every step uses a new sample: A_k is then ``matvec(u, k)``, and ``draws = steps``.
 
     Returns:
         A solver.  With ``fresh`` the residual is an estimate, that of the last sample before its step.  Codes: SUCCESSFUL;
@@ -197,7 +201,7 @@ def heavy_ball(*, steps: int, smoothness: Any, strong_convexity: Any) -> LinearS
 
     Args:
         steps: number of steps.
-        smoothness, strong_convexity: L >= mu > 0, bounds of the eigenvalues of a symmetric A.
+        smoothness, strong_convexity: L >= mu > 0, bounds of the eigenvalues of a symmetric A; not differentiable.
 
     Returns:
         A solver.  Codes: SUCCESSFUL; DIVERGED (the residual has grown by more than 2 steps + 1, which correct constants do
@@ -230,6 +234,7 @@ def dense(*, positive_definite: bool = True, damping: Any = 0.0) -> LinearSolver
 
     Args:
         positive_definite: whether A is symmetric positive definite.  False: LU, and derivatives that do not assume symmetry.
+        damping: d >= 0 in ``(A + d I) u = b``; differentiable.
 
     Returns:
         A solver, which ignores the guess.  Codes: SUCCESSFUL; NEGATIVE_CURVATURE (solution by LU); SINGULAR (a pivot vanishes
@@ -287,7 +292,7 @@ def auto(
     Args:
         positive_definite: whether A is symmetric positive definite.  False above ``dense_below`` needs lineax.
         dense_below: largest number of unknowns solved directly; 0 for none.
-        max_steps, rtol: of the iterative solvers, as for `cg`; GMRES starts anew every 20 applications.
+        max_steps, rtol, damping: as for `cg`; GMRES starts anew every 20 applications.
 
     Returns, Cost: as for `dense`, `cg` or `from_lineax`; ``applications`` is the larger one.
 

@@ -26,8 +26,10 @@ def from_lineax(solver: Any, *, positive_definite: bool = False, damping: Any = 
     """A solver of lineax: CG, GMRES, BiCGStab, LU, and the others that take a square matrix given as a function.
 
     Args:
-        solver: such as ``lineax.GMRES(rtol=1e-6, atol=1e-6)``.  Its tolerances hold entry by entry.
+        solver: such as ``lineax.GMRES(rtol=1e-6, atol=1e-6)``.  Its tolerances hold entry by entry, and are not
+            differentiable.
         positive_definite: whether A is symmetric positive definite; CG and Cholesky ask for it.
+        damping: d >= 0 in ``(A + d I) u = b``; differentiable.
 
     Returns:
         A solver.  Codes: SUCCESSFUL, MAX_STEPS_REACHED, STAGNATION, BREAKDOWN as lineax says; SINGULAR for its other failures,

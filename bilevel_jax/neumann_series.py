@@ -31,8 +31,8 @@ def neumann(*, terms: int, rate: Any, fresh: bool = False, batches: tuple[int, .
 
     Args:
         terms: number of factors; the sum has one summand more.
-        rate: a positive number, at most 1/L.
-        fresh: whether every application uses a sample of its own, by ``matvec(u, k)``.
+        rate: a positive number, at most 1/L; differentiable with ``fresh`` only.
+        fresh: whether every application uses a new sample, by ``matvec(u, k)``.
         batches: with ``fresh``, how many samples are averaged in each factor, in the order of application: ``terms`` ints, by
             default ones.  ``A_0`` is the mean over the first ``batches[0]`` samples, and so on: see `nested_batches`.
 
@@ -120,7 +120,8 @@ def random_neumann(*, terms: int, rate: Any, fresh: bool = False) -> LinearSolve
 
     Args:
         terms: number of values of p.
-        rate, fresh: as for `neumann`, with ``draws = terms`` (the last of which is never used, as p < terms).
+        rate, fresh: as for `neumann`, with ``draws = terms`` (the last of which is never used, as p < terms); the rate is
+            differentiable.
 
     Returns:
         A solver that draws p from ``key``, which it cannot do without, and ignores the guess.  The residual is an estimate, the
