@@ -1,23 +1,24 @@
 """Arguments of a decorated function: by position or by name, arrays apart from static values."""
 
+import functools
 import inspect
 from collections.abc import Callable, Hashable
 from inspect import Parameter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 
 from bilevel_jax.types import Array
 
-#: A leaf that is no array: its value, in a tuple.  An empty tuple stands for an array.
-Static = tuple[()] | tuple[Hashable]
+#: The value of a leaf that is no array, in a tuple of one; empty for an array.
+Static: TypeAlias = tuple[Hashable, ...]
 
 
 class Call(NamedTuple):
     """Arguments without their arrays: hashable, so that `jax.jit` takes it as a static argument."""
 
-    form: jax.tree_util.PyTreeDef  # of (positional arguments, named arguments)
+    form: Any  # jax.tree_util.PyTreeDef of (positional arguments, named arguments)
     static: tuple[Static, ...]  # one per leaf
     names: tuple[str | None, ...] = ()  # per positional argument, its name for `apply_by_name`; None: not passed on
     dropped: tuple[str, ...] = ()  # named arguments that `apply_by_name` does not pass on
@@ -70,6 +71,20 @@ def split(positional: tuple, named: dict[str, Any], names: tuple[str, ...] = ())
             ) from None
         statics.append(() if _is_array(leaf) else (leaf,))
     return Call(form, tuple(statics)), [leaf for _, leaf in leaves if _is_array(leaf)]
+
+
+def by_position(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with names resolved to positions by its signature, which may promise more names than it takes."""
+    signature = _Signature.of(function).signature
+    if signature is None:
+        return function
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        return function(*bound.args, **bound.kwargs)
+
+    return call
 
 
 def binder(solve: Callable[..., Any], optimality: Callable[..., Any]) -> Callable[..., tuple[tuple, Call, list[Any]]]:

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from bilevel_jax import checks
-from bilevel_jax.arguments import Call, binder, split
+from bilevel_jax.arguments import Call, binder, by_position, split
 from bilevel_jax.hypergrad import Stats, account, usable
 from bilevel_jax.linear_contract import as_vector
 from bilevel_jax.linear_solve import LinearSolver
@@ -75,7 +75,7 @@ def implicit_root(
         >>> float(jax.grad(cube, argnums=1)(jnp.ones(()), jnp.asarray(2.0)))  # 1 / (3 z^2 + 1) at z = 1
         0.25
     """
-    solver = usable(solver, positive_definite)
+    solver, optimality = usable(solver, positive_definite), by_position(optimality)
 
     @partial(jax.jit, static_argnums=0)  # or gradients outside of jit would compile their loops again and again
     def tangent(call: Call, solution: PyTree, leaves: list, moving: list) -> PyTree:
@@ -143,7 +143,7 @@ def implicit_fixed_point(
     """
 
     @functools.wraps(fixed_point)
-    def residual(z: PyTree, *params: Any, **named: Any) -> PyTree:
+    def residual(z: PyTree, *params: Any, **named: Any) -> PyTree:  # names are resolved by the signature of fixed_point
         image = fixed_point(z, *params, **named)
         checks.same_shapes("fixed_point", image, z, "the solution")
         return jax.tree.map(jnp.subtract, z, image)

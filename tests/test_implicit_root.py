@@ -1,6 +1,7 @@
 """`implicit_root` and `implicit_fixed_point`: every structure, every mode, every way to give the arguments."""
 
 import enum
+import functools
 import inspect
 from functools import partial
 from typing import Any, NamedTuple
@@ -400,6 +401,12 @@ DECORATED = {
     "has_aux": (lambda: custom_root(jax.grad(objective), has_aux=True)(with_aux), ("lam", "X", "y")),
     "custom_fixed_point": (
         lambda: custom_fixed_point(lambda params, lam, X, y: params - jax.grad(objective)(params, lam, X, y))(by_position),
+        ("lam", "X", "y"),
+    ),
+    "custom_fixed_point with a copied signature": (
+        lambda: custom_fixed_point(
+            functools.wraps(objective)(lambda params, *args: params - jax.grad(objective)(params, *args))
+        )(by_position),
         ("lam", "X", "y"),
     ),
     "names": (lambda: custom_root(jax.grad(objective))(by_name), ("lam", "X", "y")),
