@@ -307,7 +307,8 @@ def page(probability: float) -> Estimator:
     every step pays a full pass: loop over seeds with `jax.lax.map` instead.
 
     Args:
-        probability: of a refresh, in (0, 1] for convergence; b / (b + n + m) in the papers.  0 never refreshes again.
+        probability: of a refresh, in (0, 1] for convergence; b / (b + n + m) in the papers.  0 never refreshes again.  Not
+            differentiable.
 
     Raises:
         ValueError: if the probability is outside [0, 1]; (when traced) if ``batch.key`` or ``batch.full`` is missing.
@@ -318,13 +319,14 @@ def page(probability: float) -> Estimator:
     "SPABA", 2024, arXiv 2405.18777.
     """
     checks.unit_interval("probability", probability)
+    chance = checks.constant("probability", probability)
 
     def estimate(oracle: Any, vars: Vars, batch: Batch, count: Array, state: RecursiveState) -> Vars:
         full = on_full(batch, "page")
         if batch.key is None:
             raise ValueError("batch.key: got None, expected a key, from which page draws its coin")
         # A key of its own, so that the coin is independent of what a loss draws from batch.key.
-        coin = jax.random.bernoulli(jax.random.fold_in(batch.key, 0x9A6E), jnp.float32(probability))
+        coin = jax.random.bernoulli(jax.random.fold_in(batch.key, 0x9A6E), jnp.asarray(chance, jnp.float32))
         return lax.cond(
             (count == 0) | coin,
             lambda: total(oracle(vars, full)),

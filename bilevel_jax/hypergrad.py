@@ -367,7 +367,7 @@ def account(slope: PyTree, tolerance: float | None, linear: linear_solve.Stats, 
     """The stats of a linear solve at a point where ``slope`` should be 0; a result that is not finite is NONFINITE."""
     residual, code = norm(slope), linear.code
     if tolerance is not None:
-        far = ~(residual <= tolerance)
+        far = ~(residual <= checks.constant("tolerance", tolerance))
         code = jnp.where(far, jnp.maximum(code, jnp.int32(Result.INNER_NOT_CONVERGED)), code)
     return Stats(_checked(code, (slope, result)), residual, linear.residual, linear.steps, z, v)
 

@@ -3,15 +3,11 @@ derivatives, damping, and values that are not finite.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.core import Tracer
-from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
 from bilevel_jax import checks
@@ -193,36 +189,3 @@ def cast(value: Any, like: Array) -> Array:
 def select(condition: Array, a: Any, b: Any) -> Any:
     """``a`` where the condition holds, else ``b``, leaf by leaf."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
-
-
-def number(name: str, value: Any, zero: bool = False) -> Any:
-    """The value if it is a positive finite number (or 0, if ``zero``), else TypeError or ValueError; traced ones pass."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
-        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a number")
-    known = not isinstance(value, Tracer) and np.ndim(value) == 0
-    if known and not (0 < value < np.inf or (zero and value == 0)):
-        raise ValueError(f"{name}: got {value}, expected a finite number {'of at least' if zero else 'above'} 0")
-    return value
-
-
-def constant(name: str, tree: PyTree) -> PyTree:
-    """The same numbers, which custom derivative rules may close over: they must not be differentiated.
-
-    Raises:
-        TypeError: (when traced) if the derivative with respect to one of them is asked for.
-    """
-
-    @jax.custom_jvp
-    def identity(value: Array) -> Array:
-        return value
-
-    @partial(identity.defjvp, symbolic_zeros=True)
-    def _(primals: tuple, tangents: tuple) -> tuple:
-        if not isinstance(tangents[0], SymbolicZero):
-            raise TypeError(
-                f"{name}: got a number that is differentiated, expected a constant: the result does not depend on it, or not "
-                f"smoothly; pass jax.lax.stop_gradient({name})"
-            )
-        return primals[0], tangents[0]
-
-    return jax.tree.map(lambda leaf: lax.stop_gradient(identity(leaf)) if isinstance(leaf, jax.Array) else leaf, tree)

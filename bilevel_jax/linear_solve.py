@@ -30,12 +30,10 @@ from bilevel_jax.linear_contract import (
     Stats,
     VectorSystem,
     cast,
-    constant,
     dot,
     first_code,
     from_vectors,
     norm,
-    number,
     scan_while_finite,
     select,
     square,
@@ -101,8 +99,11 @@ def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0)
         ([1.0, 0.25], 'SUCCESSFUL', 3)
     """
     checks.positive_int("max_steps", max_steps)
-    atol, damping = constant("atol", number("atol", atol, zero=True)), number("damping", damping, zero=True)
-    rtol = None if rtol is None else constant("rtol", number("rtol", rtol, zero=True))
+    atol, damping = (
+        checks.constant("atol", checks.number("atol", atol, zero=True)),
+        checks.number("damping", damping, zero=True),
+    )
+    rtol = None if rtol is None else checks.constant("rtol", checks.number("rtol", rtol, zero=True))
 
     def iterate(system: VectorSystem, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del key
@@ -189,7 +190,7 @@ def richardson(*, steps: int, rate: Any, fresh: bool = False) -> LinearSolver:
         >>> u.tolist(), stats.residual.tolist()
         ([0.875], 0.125)
     """
-    rate = number("rate", rate) if fresh else constant("rate", number("rate", rate))
+    rate = checks.number("rate", rate) if fresh else checks.constant("rate", checks.number("rate", rate))
     return _march(steps, lambda b: (cast(rate, b), None), growth=1, symmetric=None if fresh else False)
 
 
@@ -216,8 +217,8 @@ def heavy_ball(*, steps: int, smoothness: Any, strong_convexity: Any) -> LinearS
         >>> solver.solve(lambda u: jnp.array([1.0, 4.0]) * u, jnp.ones(2))[0].round(5).tolist()
         [1.0, 0.25]
     """
-    smoothness = constant("smoothness", number("smoothness", smoothness))
-    strong_convexity = constant("strong_convexity", number("strong_convexity", strong_convexity))
+    smoothness = checks.constant("smoothness", checks.number("smoothness", smoothness))
+    strong_convexity = checks.constant("strong_convexity", checks.number("strong_convexity", strong_convexity))
     if isinstance(smoothness, int | float) and isinstance(strong_convexity, int | float) and smoothness < strong_convexity:
         raise ValueError(f"smoothness: got {smoothness}, expected at least strong_convexity, {strong_convexity}")
 
@@ -250,6 +251,7 @@ def dense(*, positive_definite: bool = True, damping: Any = 0.0) -> LinearSolver
         >>> u.round(6).tolist(), Result(int(stats.code)).name
         ([1.0, 1.0], 'SUCCESSFUL')
     """
+    damping = checks.number("damping", damping, zero=True)
 
     def iterate(system: VectorSystem, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del guess, key
@@ -279,7 +281,7 @@ def dense(*, positive_definite: bool = True, damping: Any = 0.0) -> LinearSolver
         )
         return u, Stats(code, system.residual_norm(u, r), jnp.int32(b.size + 1))
 
-    return from_vectors(iterate, float("nan"), symmetric=positive_definite, damping=number("damping", damping, zero=True))
+    return from_vectors(iterate, float("nan"), symmetric=positive_definite, damping=damping)
 
 
 def auto(

@@ -6,17 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevel_jax import checks
 from bilevel_jax.linear_contract import (
     LinearSolver,
     Stats,
     VectorSystem,
     cast,
-    constant,
     dot,
     first_code,
     from_vectors,
     norm,
-    number,
 )
 from bilevel_jax.results import Result, all_finite
 from bilevel_jax.types import Array
@@ -54,7 +53,7 @@ def from_lineax(solver: Any, *, positive_definite: bool = False, damping: Any = 
     lx = import_lineax("from_lineax")
     if not isinstance(solver, lx.AbstractLinearSolver):
         raise TypeError(f"solver: got {type(solver).__name__}, expected a solver of lineax")
-    solver = constant("solver", solver)
+    solver, damping = checks.constant("solver", solver), checks.number("damping", damping, zero=True)
 
     def iterate(system: VectorSystem, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del key
@@ -81,7 +80,7 @@ def from_lineax(solver: Any, *, positive_definite: bool = False, damping: Any = 
         )
         return u, Stats(code, system.residual_norm(u, r), jnp.asarray(found.stats.get("num_steps", b.size), jnp.int32) + 2)
 
-    return from_vectors(iterate, float("nan"), symmetric=positive_definite, damping=number("damping", damping, zero=True))
+    return from_vectors(iterate, float("nan"), symmetric=positive_definite, damping=damping)
 
 
 def import_lineax(why: str) -> Any:

@@ -13,10 +13,8 @@ from bilevel_jax.linear_contract import (
     Stats,
     VectorSystem,
     cast,
-    constant,
     from_vectors,
     norm,
-    number,
     scan_while_finite,
     select,
     verdict,
@@ -51,7 +49,7 @@ def neumann(*, terms: int, rate: Any, fresh: bool = False, batches: tuple[int, .
         [0.875]
     """
     checks.positive_int("terms", terms)
-    rate = number("rate", rate) if fresh else constant("rate", number("rate", rate))
+    rate = checks.number("rate", rate) if fresh else checks.constant("rate", checks.number("rate", rate))
     if batches is not None and not fresh:
         raise ValueError("batches: got them without fresh=True, expected None, because all samples are then the same")
     batches = (1,) * terms if batches is None else tuple(checks.positive_int("batches", count) for count in batches)
@@ -107,7 +105,7 @@ def nested_batches(terms: int, *, rate: float, strong_convexity: float, blocks: 
     """
     checks.positive_int("terms", terms)
     checks.positive_int("blocks", blocks)
-    shrink = 1 - number("rate", rate) * number("strong_convexity", strong_convexity)
+    shrink = 1 - checks.number("rate", rate) * checks.number("strong_convexity", strong_convexity)
     if shrink < 0:
         raise ValueError(f"rate: got {rate}, expected at most 1 / strong_convexity = {1 / strong_convexity}")
     return tuple(max(1, int(np.ceil(blocks * terms * shrink**q - 1e-9))) for q in range(terms))
@@ -139,7 +137,7 @@ def random_neumann(*, terms: int, rate: Any, fresh: bool = False) -> LinearSolve
         [0.5, 1.0]
     """
     checks.positive_int("terms", terms)
-    rate = number("rate", rate)
+    rate = checks.number("rate", rate)
 
     def iterate(system: VectorSystem, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del guess

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from bilevel_jax import checks
 from bilevel_jax.trees import widest
@@ -191,8 +192,9 @@ def guard(solver: Solver | Callable[[Array | float], Solver], *, halvings: int =
     """
     if not 0 <= checks.positive_int("halvings", halvings, least=0) <= 100:
         raise ValueError(f"halvings: got {halvings}, expected at most 100")
-    if limit != math.inf:
+    if isinstance(limit, Tracer) or limit != math.inf:
         checks.positive("limit", limit)
+    limit = checks.constant("limit", limit)
     if halvings and (isinstance(solver, Solver) or not callable(solver)):
         raise TypeError(f"solver: got {type(solver).__name__}, expected, with halvings, a function from a scale to a solver")
     declared: Any = solver(1.0) if halvings else solver  # type: ignore[operator]

@@ -69,9 +69,9 @@ def solve_inner(
     Args:
         problem: the two losses.
         opt: optimiser of z, which starts anew, momentum and counts of schedules, in every sweep.
-        max_steps: number of steps, a positive int or a schedule of the sweep (rounded up, 1 at least).
+        max_steps: number of steps, a positive int or a schedule of the sweep (rounded up, 1 at least); not differentiable.
         tolerance: if given, stop as soon as ``|d_z g|`` is at most this; a number or a schedule of the sweep.  Where the
-            optimiser projects or takes a prox, d_z g is not 0 at the solution: leave it out.
+            optimiser projects or takes a prox, d_z g is not 0 at the solution: leave it out.  Not differentiable.
 
     Returns:
         A stage of one draw.  Codes: INNER_NOT_CONVERGED (the steps ran out above the tolerance), DIVERGED (an iterate that is
@@ -101,8 +101,10 @@ def solve_inner(
 
     def update(state: SolveState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, SolveState]:
         draw = take_draw(batches, 0)
-        limit = jnp.maximum(jnp.ceil(jnp.asarray(value_at(max_steps, step), jnp.float32)), 1.0).astype(jnp.int32)
+        count = checks.constant("max_steps", jnp.asarray(value_at(max_steps, step), jnp.float32))
+        limit = jnp.maximum(jnp.ceil(count), 1.0).astype(jnp.int32)
         target = None if tolerance is None else jnp.asarray(value_at(tolerance, step), state.residual.dtype)
+        target = checks.constant("tolerance", target)
 
         def gradient(z: PyTree) -> PyTree:
             return jax.grad(g)(z, vars.outer, draw)

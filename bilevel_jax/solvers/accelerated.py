@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from bilevel_jax import checks
 from bilevel_jax.linear_solve import heavy_ball
@@ -145,7 +146,7 @@ def _nesterov(condition: float) -> float:
 
 def _constants(large: str, L: float, small: str, mu: float) -> None:
     for name, value in ((large, L), (small, mu)):
-        if isinstance(value, bool) or not hasattr(value, "__float__"):
-            raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a number")
+        if isinstance(value, bool | Tracer) or not hasattr(value, "__float__"):
+            raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a Python number")
     if not (math.isfinite(L) and 0 < mu <= L):
         raise ValueError(f"{small}: got {mu} with {large} = {L}, expected 0 < {small} <= {large}")

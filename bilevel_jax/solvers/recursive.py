@@ -215,8 +215,7 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
     opts = two(opts)
     checks.unit_interval("tau", tau)
     g, f = losses(problem)
-    if not 0 < strong_convexity < math.inf:
-        raise ValueError(f"strong_convexity: got {strong_convexity}, expected a finite number above 0")
+    checks.number("strong_convexity", strong_convexity)
     counted = Calls(hessian_vector=math.inf, cross=math.inf)  # 2 p, and p is not known here
 
     def flat(tree: PyTree, wide: Any) -> tuple[Array, Callable[[Array], PyTree]]:

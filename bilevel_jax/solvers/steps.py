@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_jax import checks
-from bilevel_jax.linear_contract import number
 from bilevel_jax.types import Solver, Vars
 
 
@@ -100,7 +99,7 @@ def default_opts(solver: Callable[..., Solver], inner: float, aux: float | None 
 
     for field, value in (("inner", inner), ("aux", aux), ("outer", outer)):
         if value is not None:
-            number(field, value, zero=True)
+            checks.number(field, value, zero=True)
 
     def opt(rate: float, exponent: float) -> Any:
         return optax.sgd(rate if exponent == 0 else lambda t: rate * jnp.asarray(t + 1, jnp.float32) ** -exponent)
