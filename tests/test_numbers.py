@@ -186,6 +186,13 @@ SOLVERS |= {
     ),
 }
 
+
+@pytest.fixture(autouse=True)
+def cached():
+    """The shared problem is made outside of any trace."""
+    tiny()
+
+
 #: Of each kind one: a moving average, a linear solver, a schedule in a table of weights, a first-order oracle, a federation.
 QUICK = {"theta of ma_soba", "rate of bsa", "gamma of meha", "tau of stable"}
 
