@@ -135,7 +135,8 @@ def iterative(
         opt: inner optimiser, such as ``optax.sgd(rate)``.
         steps: inner steps D, at least 1.
         truncate: if given, differentiate only the last so many of them; with rate a and strong convexity mu the
-            gradient is then biased by a factor (1 - a mu)^truncate.  0: first order, d_x f alone.
+            gradient is then biased by a factor (1 - a mu)^truncate.  0: first order, d_x f alone.  Where the hypergradient
+            is differentiated itself, the steps before these count as constants.
         checkpoint: what the backward pass recomputes.  ``"sqrt"``: blocks of about sqrt(steps) steps, memory O(sqrt D);
             ``"step"``: each step, memory O(D) iterates; ``"none"``: nothing, memory O(D) everything.
 
@@ -174,14 +175,14 @@ def zeroth_order(opt: optax.GradientTransformation, steps: int, *, directions: i
 
     Reference: Sow, Ji, Liang, "On the convergence theory for Hessian-free bilevel algorithms", NeurIPS 2022, arXiv 2110.07004.
     """
-    return _along_a_path(path(opt, steps, truncate=0), gaussian(directions, radius), steps)
+    return _along_a_path(path(opt, steps, checkpoint="none"), gaussian(directions, radius), steps)
 
 
 def _along_a_path(follow: "Follow", jacobian: "Jacobian", steps: int) -> Method:
     def method(loss: Losses, z: PyTree, x: PyTree, guess: PyTree, key: Any) -> tuple[Array, PyTree, Stats]:
         del guess
-        gradient, start = jax.grad(loss.g), lax.stop_gradient(z)
-        last, pull = jacobian.at(lambda x: follow(lambda z, x, k: gradient(z, x), start, x), x, key)
+        gradient = jax.grad(loss.g)
+        last, pull = jacobian.at(lambda x: follow(lambda z, x, k: gradient(z, x), z, x), x, key)
         value, (fz, fx) = jax.value_and_grad(loss.f, argnums=(0, 1))(last, x)
         total = jax.tree.map(jnp.add, fx, pull(fz))
         residual = norm(gradient(last, x))

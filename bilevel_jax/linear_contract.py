@@ -17,7 +17,7 @@ from bilevel_jax.types import Array, PyTree
 
 
 class Stats(NamedTuple):
-    """How a solve ended."""
+    """How a solve ended.  These values have no derivative."""
 
     code: Array  # int32 [], a `bilevel_jax.Result`, of the damped system where there is damping
     #: float [], |A u - b|_2 without damping, recomputed at the end, where the solver does not call it an estimate.  Where b is

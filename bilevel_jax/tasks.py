@@ -121,7 +121,7 @@ def proximal(
     _of_one_task(problem)
     checks.transformation("opt", opt)
     checks.positive("strength", strength)
-    follow = path(opt, steps, truncate=0)
+    follow = path(opt, steps)
     solver = cg(max_steps=5) if solver is None else solver
 
     def inner(z: PyTree, x: PyTree, data: PyTree) -> Array:
@@ -157,7 +157,7 @@ def displacement(problem: Problem, opt: optax.GradientTransformation, steps: int
     """
     g, _ = _of_one_task(problem)
     checks.transformation("opt", opt)
-    follow = path(opt, steps, truncate=0)
+    follow = path(opt, steps)
 
     def at(vars: Vars, draw: Batch) -> Adapted:
         x = vars.outer

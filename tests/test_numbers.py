@@ -47,15 +47,17 @@ def batch() -> Batch:
     return Batch(*tiny().data, key=jax.random.key(2))
 
 
-def by_method(method: Any) -> Any:
-    """The gradient of `tiny` by a method of `bilevel_jax.hypergrad`."""
-    problem, start = tiny().problem, tiny().start
-    return hypergradient(problem, method)(start.inner, start.outer, batch(), key=jax.random.key(1))[1]
+def by_method(method: Any, z: Any = 1.0) -> Any:
+    """The gradient of `tiny` by a method of `bilevel_jax.hypergrad`, at or from z."""
+    at, x = jnp.asarray(z, jnp.float64), tiny().start.outer
+    return hypergradient(tiny().problem, method)(at, x, batch(), key=jax.random.key(1))[1]
 
 
 FUNCTIONS |= {
     "scale of t1_t2": (lambda t: by_method(hypergrad.t1_t2(t)), 0.7),
     "radius of zeroth_order": (lambda t: by_method(hypergrad.zeroth_order(optax.rmsprop(0.1), 3, radius=t)), 0.7),
+    "start of iterative": (lambda t: by_method(hypergrad.iterative(optax.sgd(0.1), 3), t), 0.7),
+    "start of implicit": (lambda t: by_method(hypergrad.implicit(), t), 0.7),
     "rate of iterative": (lambda t: by_method(hypergrad.iterative(optax.sgd(t), 3)), 0.3),
     "damping of implicit": (lambda t: by_method(hypergrad.implicit(cg(max_steps=5, damping=t))), 0.3),
 }
@@ -117,18 +119,18 @@ SOLVERS: dict[str, tuple[Callable[[Any], Any], float]] = {
 }
 
 
-def of_task(t: Any) -> Any:
-    """An update of iMAML on two tasks."""
+def of_tasks(make: Callable[..., Any], rate: Any = 0.1, **numbers: Any) -> Any:
+    """An update on two tasks."""
     loss = lambda z, x, c: jnp.sum(jnp.cosh(z - c))
-    learner = solvers.imaml(Problem(loss, loss), Vars(inner=optax.sgd(0.1), outer=optax.sgd(0.1)), strength=t, inner_steps=2)
+    learner = make(Problem(loss, loss), Vars(inner=optax.sgd(rate), outer=optax.sgd(0.1)), inner_steps=2, **numbers)
     points = jnp.array([[[1.0], [3.0]]])
     draw = Batch(inner=points, outer=points)
     return learner.update(learner.init(Vars(outer=jnp.zeros(1)), draw), draw).vars.outer
 
 
 def federated(**numbers: Any) -> Any:
-    g = lambda z, x, a: jnp.sum(jnp.cosh(z - x - a), axis=-1)
-    f = lambda z, x, b: jnp.sum((z - b) ** 2, axis=-1) + 0.5 * jnp.sum(x**2)
+    g = lambda z, x, a: jnp.sum(jnp.cosh((z - x)[None] - a), axis=-1)
+    f = lambda z, x, b: jnp.sum((z[None] - b) ** 2, axis=-1) + 0.5 * jnp.sum(x**2)
     settings = {"inner_rate": 0.1, "outer_rate": 0.1, "neumann_rate": 0.3} | numbers
     server = fednest(Problem(g, f), **settings, local_steps=2, neumann_terms=3)
     data = Levels(jnp.arange(4.0).reshape(2, 2, 1), jnp.ones((2, 2, 1)))
@@ -169,7 +171,10 @@ def of_envelope(**numbers: Any) -> Any:
 
 
 SOLVERS |= {
-    "strength of imaml": (of_task, 0.7),
+    "strength of imaml": (lambda t: of_tasks(solvers.imaml, strength=t), 0.7),
+    "inner rate of imaml": (lambda t: of_tasks(solvers.imaml, t, strength=0.7), 0.1),
+    "inner rate of reptile": (lambda t: of_tasks(solvers.reptile, t), 0.1),
+    "inner rate of maml": (lambda t: of_tasks(solvers.maml, t), 0.1),
     "inner_rate of fednest": (lambda t: federated(inner_rate=t), 0.1),
     "outer_rate of fednest": (lambda t: federated(outer_rate=t), 0.1),
     "neumann_rate of fednest": (lambda t: federated(neumann_rate=t), 0.3),

@@ -108,8 +108,8 @@ def hoag(
 
     Args:
         problem, opts: as for `aid_bio`.
-        tolerance: of ``|d_z g|`` and of ``|d2_zz g v + d_z f|`` in sweep t, summable.  Where it falls below the rounding of
-            the gradients, every sweep takes ``max_steps``.
+        tolerance: of ``|d_z g|`` and of ``|d2_zz g v + d_z f|`` in sweep t, summable; not differentiable.  Where it falls
+            below the rounding of the gradients, every sweep takes ``max_steps``.
         max_steps: most inner steps, and most steps of conjugate gradients, in a sweep.
 
     Raises:
@@ -127,7 +127,7 @@ def hoag(
         51.0
     """
     opts = two(opts)
-    size = tolerance if callable(tolerance) else lambda step: tolerance
+    size = tolerance if callable(tolerance) else lambda step: checks.constant("tolerance", tolerance)
     return sweep(
         solve_inner(problem, opts.inner, max_steps=max_steps, tolerance=size),
         solve_aux(problem, lambda step: cg(max_steps=max_steps, rtol=0.0, atol=size(step))),

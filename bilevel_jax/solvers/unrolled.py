@@ -105,7 +105,7 @@ def pzobo(
     """
     checks.positive_int("inner_steps", inner_steps)
     estimate = gaussian(directions, radius)
-    return sweep(unroll(problem, two(opts), inner_steps, truncate=0, jacobian=estimate, fresh=fresh))
+    return sweep(unroll(problem, two(opts), inner_steps, checkpoint="none", jacobian=estimate, fresh=fresh))
 
 
 def bda(
