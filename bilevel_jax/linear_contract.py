@@ -15,6 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
 from bilevel_jax import checks
+from bilevel_jax.control_flow import scan
 from bilevel_jax.results import Result, all_finite
 from bilevel_jax.trees import widest
 from bilevel_jax.types import Array, PyTree
@@ -151,7 +152,7 @@ def scan_while_finite(step: Callable[[Any, Any], tuple[Array, Any]], state: Any,
         fine &= jnp.isfinite(square(change))
         return (select(fine, new, state), fine), None
 
-    return lax.scan(body, (state, jnp.array(True)), xs)[0]
+    return scan(body, (state, jnp.array(True)), xs)[0]
 
 
 def verdict(size: Array, most: Array, fine: Array) -> Array:

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from bilevel_jax import checks
+from bilevel_jax.control_flow import cond, while_loop
 from bilevel_jax.linear_contract import (
     LinearSolver,
     Stats,
@@ -152,14 +152,14 @@ def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0)
 
         def apply(s: _CG) -> _CG:  # one application a pass, so that under vmap no lane pays for another's checks
             s = s._replace(total=s.total + 1)
-            return lax.cond(s.checking, check, step, s, A(jnp.where(s.checking, s.u, s.p)))
+            return cond(s.checking, check, step, s, A(jnp.where(s.checking, s.u, s.p)))
 
         zeros, large, count, code = jnp.zeros_like(b), jnp.full_like(rr, jnp.finfo(rr.dtype).max), jnp.int32(0), jnp.int32(-1)
         best = zeros, large, large
         s = _CG(zeros, b, b, rr, 0 * rr, best, large, count, count, count, code, jnp.sqrt(rr) <= target)
         if guess is not None:  # the first check turns r = p = 0 into b - A guess
             s = s._replace(u=guess, r=zeros, p=zeros, rr=large, checking=jnp.array(True))
-        s = lax.while_loop(lambda s: (s.code < 0) | s.checking, apply, s)
+        s = while_loop(lambda s: (s.code < 0) | s.checking, apply, s)
         return s.u, Stats(s.code, s.residual, s.total)
 
     return from_vectors(iterate, max_steps + 3.0, symmetric=True, damping=damping)
@@ -267,7 +267,7 @@ def dense(*, positive_definite: bool = True, damping: Any = 0.0) -> LinearSolver
                 def symmetric() -> tuple[Array, Array]:
                     return jax.scipy.linalg.cho_solve((lower, True), b), jnp.diagonal(lower) ** 2
 
-                u, pivots = lax.cond(definite, symmetric, general)
+                u, pivots = cond(definite, symmetric, general)
             else:
                 (u, pivots), definite = general(), jnp.array(True)
         u = jnp.where(jnp.isfinite(u).all(), u, jnp.zeros_like(u))

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from bilevel_jax import checks
+from bilevel_jax.control_flow import cond
 from bilevel_jax.linear_contract import (
     LinearSolver,
     Stats,
@@ -149,7 +149,7 @@ def random_neumann(*, terms: int, rate: Any, fresh: bool = False) -> LinearSolve
         A, eta = system.A, cast(rate, b)
 
         def factor(r: Array, k: Array) -> tuple[Array, Array]:
-            r = lax.cond(k < p, lambda: r - eta * A(r, k), lambda: r)
+            r = cond(k < p, lambda: r - eta * A(r, k), lambda: r)
             return r, r
 
         r, fine = scan_while_finite(factor, b, jnp.arange(terms - 1, dtype=jnp.int32))
