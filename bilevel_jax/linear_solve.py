@@ -122,7 +122,7 @@ def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0)
                 (s.steps + 1 >= max_steps, Result.MAX_STEPS_REACHED),
                 default=s.code,
             )
-            fine = code <= Result.MAX_STEPS_REACHED
+            fine = code <= jnp.int32(Result.MAX_STEPS_REACHED)
             u, r = select(fine, (s.u + alpha * s.p, s.r - alpha * Ap), (s.u, s.r))
             rr = jnp.where(fine, dot(r, r), s.rr)
             beta = rr / s.rr
@@ -138,14 +138,14 @@ def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0)
             failures = s.failures + (jnp.sqrt(s.rr) <= target).astype(jnp.int32)
             best = select(residual < s.best[1], now, s.best)
             code = first_code(
-                (s.code > Result.MAX_STEPS_REACHED, s.code),
+                (s.code > jnp.int32(Result.MAX_STEPS_REACHED), s.code),
                 (~all_finite(Au), Result.NONFINITE),
                 (uAu < -eps * norm(s.u) * norm(Au), Result.NEGATIVE_CURVATURE),  # of a good guess, where there is no step
                 (residual <= target, Result.SUCCESSFUL),
                 (failures >= 2, Result.STAGNATION),
                 default=s.code,
             )
-            u, _, residual = select(code == Result.STAGNATION, best, now)
+            u, _, residual = select(code == jnp.int32(Result.STAGNATION), best, now)
             p = s.p + (r - s.r)  # p = r + beta p_old was made with the r of the recursion: exchange that for the true one
             s = s._replace(u=u, r=r, p=p, rr=dot(r, r), best=best, residual=residual, failures=failures)
             return s._replace(code=code, checking=jnp.array(False))

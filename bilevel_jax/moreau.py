@@ -175,4 +175,4 @@ def residual(
     down[0] = term.prox(down[0], rate, x)
     landed = [(land or (lambda u: u))(u) for land, u in zip(projections, down, strict=True)]
     moved = norm([jax.tree.map(jnp.subtract, a, b) for a, b in zip((z, x), landed, strict=True)])
-    return jnp.where(known.code == Result.SUCCESSFUL, moved / step, jnp.nan)
+    return jnp.where(known.code == jnp.int32(Result.SUCCESSFUL), moved / step, jnp.nan)
