@@ -107,6 +107,7 @@ def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0)
     def iterate(system: VectorSystem, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del key
         A, rr = system.A, dot(b, b)
+        atol, rtol = system.numbers
         target = cast(atol, rr) + cast(eps**0.5 if rtol is None else rtol, rr) * norm(b)
 
         def step(s: _CG, Ap: Array) -> _CG:
@@ -162,7 +163,7 @@ def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0)
         s = while_loop(lambda s: (s.code < 0) | s.checking, apply, s)
         return s.u, Stats(s.code, s.residual, s.total)
 
-    return from_vectors(iterate, max_steps + 3.0, symmetric=True, damping=damping)
+    return from_vectors(iterate, max_steps + 3.0, symmetric=True, damping=damping, numbers=(atol, rtol))
 
 
 def richardson(*, steps: int, rate: Any, fresh: bool = False) -> LinearSolver:
@@ -190,7 +191,7 @@ def richardson(*, steps: int, rate: Any, fresh: bool = False) -> LinearSolver:
         ([0.875], 0.125)
     """
     rate = number("rate", rate) if fresh else constant("rate", number("rate", rate))
-    return _march(steps, lambda b: (cast(rate, b), None), growth=1, symmetric=None if fresh else False)
+    return _march(steps, lambda b, rate: (cast(rate, b), None), (rate,), growth=1, symmetric=None if fresh else False)
 
 
 def heavy_ball(*, steps: int, smoothness: Any, strong_convexity: Any) -> LinearSolver:
@@ -221,12 +222,12 @@ def heavy_ball(*, steps: int, smoothness: Any, strong_convexity: Any) -> LinearS
     if isinstance(smoothness, int | float) and isinstance(strong_convexity, int | float) and smoothness < strong_convexity:
         raise ValueError(f"smoothness: got {smoothness}, expected at least strong_convexity, {strong_convexity}")
 
-    def rates(b: Array) -> tuple[Array, Array]:
+    def rates(b: Array, smoothness: Any, strong_convexity: Any) -> tuple[Array, Array]:
         L, mu = jnp.sqrt(cast(smoothness, b)), jnp.sqrt(cast(strong_convexity, b))
         root = 2 / (L + mu)
         return root**2, jnp.maximum((1 - root * mu) ** 2, (1 - root * L) ** 2)
 
-    return _march(steps, rates, growth=2 * steps + 1, symmetric=True)
+    return _march(steps, rates, (smoothness, strong_convexity), growth=2 * steps + 1, symmetric=True)
 
 
 def dense(*, positive_definite: bool = True, damping: Any = 0.0) -> LinearSolver:
@@ -321,14 +322,14 @@ def auto(
     return LinearSolver(solve, max(dense_below + 1.0, large.applications))
 
 
-def _march(steps: int, rates: Callable[[Array], tuple], *, growth: float, symmetric: bool | None) -> LinearSolver:
+def _march(steps: int, rates: Callable[..., tuple], numbers: tuple, *, growth: float, symmetric: bool | None) -> LinearSolver:
     """``u <- u + lam (b - A u) + th (u - previous u)``, as long as that is finite; fresh samples if ``symmetric`` is None."""
     checks.positive_int("steps", steps)
     fresh = symmetric is None
 
     def iterate(system: VectorSystem, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del key
-        A, (lam, th) = system.A, rates(b)
+        A, (lam, th) = system.A, rates(b, *system.numbers)
         u = jnp.zeros_like(b) if guess is None else guess
 
         def step(state: tuple, k: Array) -> tuple:
@@ -347,4 +348,5 @@ def _march(steps: int, rates: Callable[[Array], tuple], *, growth: float, symmet
         residual, most = norm(b - A(u)), growth * first + eps**0.5 * norm(b)
         return u, Stats(verdict(jnp.fmax(last, residual), most, fine), residual, jnp.int32(steps + 1))
 
-    return from_vectors(iterate, steps if fresh else steps + 1, symmetric=symmetric, draws=steps if fresh else 0)
+    applications, draws = (steps, steps) if fresh else (steps + 1, 0)
+    return from_vectors(iterate, applications, symmetric=symmetric, draws=draws, numbers=numbers)

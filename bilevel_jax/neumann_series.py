@@ -62,7 +62,7 @@ def neumann(*, terms: int, rate: Any, fresh: bool = False, batches: tuple[int, .
 
     def iterate(system: VectorSystem, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del guess, key
-        A, eta = system.A, cast(rate, b)
+        A, eta = system.A, cast(system.numbers[0], b)
 
         def factor(state: tuple, k: Array) -> tuple:
             r, s = state
@@ -83,7 +83,7 @@ def neumann(*, terms: int, rate: Any, fresh: bool = False, batches: tuple[int, .
             (r, s, _), fine = scan_while_finite(sample, (b, b, jnp.zeros_like(b)), (ks, cast(weights, b), jnp.asarray(ends)))
         return eta * s, Stats(verdict(norm(r), (1 + eps**0.5) * norm(b), fine), norm(r), jnp.int32(total))
 
-    return from_vectors(iterate, total, symmetric=None if fresh else False, draws=total if fresh else 0)
+    return from_vectors(iterate, total, symmetric=None if fresh else False, draws=total if fresh else 0, numbers=(rate,))
 
 
 def nested_batches(terms: int, *, rate: float, strong_convexity: float, blocks: int = 1) -> tuple[int, ...]:
