@@ -15,7 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
 from bilevel_jax import checks
-from bilevel_jax.control_flow import scan
+from bilevel_jax.control_flow import scan, settled, varying
 from bilevel_jax.results import Result, all_finite
 from bilevel_jax.trees import widest
 from bilevel_jax.types import Array, PyTree
@@ -90,7 +90,9 @@ def from_vectors(
         if symmetric is None:
             u, stats = checked(VectorSystem(apply, undamped, numbers), b, guess, key)
             return unravel(u), stats
-        A, consts = jax.closure_convert(apply, b)  # one trace of matvec; all that may have a derivative becomes an argument
+        b = settled(apply, b if guess is None else varying(b, guess))
+        product, consts = jax.closure_convert(apply, b)  # one trace of matvec; all that may have a derivative is an argument
+        A = lambda u, *consts: product(varying(u, b), *consts)  # noqa: E731
 
         @jax.custom_jvp
         def solution(u: Array, b: Array, consts: Any, numbers: tuple) -> Array:
