@@ -13,7 +13,9 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel_jax import checks
-from bilevel_jax.optimisers import value_at
+from bilevel_jax.control_flow import cond
+from bilevel_jax.optimisers import weight_at
+from bilevel_jax.trees import narrow, widen
 from bilevel_jax.types import Array, Batch, Estimator, PyTree, Schedule, Slot, Table, Terms, Vars
 
 
@@ -25,25 +27,6 @@ def total(terms: Terms) -> Vars:
         return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *present) if present else None
 
     return Vars(*(add(*parts) for parts in zip(*terms, strict=True)))
-
-
-def widen(tree: PyTree) -> PyTree:
-    """At least float32: a running mean or a sum of differences in bfloat16 drifts by tens of per cent.
-
-    The rounding to the narrow dtype is spelled out, because XLA may skip it inside a fusion; a mean would then follow other
-    numbers than those that are stored in its table.
-    """
-
-    def leaf(value: Array) -> Array:
-        kind = jnp.finfo(value.dtype)
-        return value if kind.bits >= 32 else lax.reduce_precision(value.astype(jnp.float32), kind.nexp, kind.nmant)
-
-    return jax.tree.map(leaf, tree)
-
-
-def narrow(tree: PyTree, like: PyTree) -> PyTree:
-    """A tree in the dtypes of another one of its structure: the way back from `widen`."""
-    return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, like)
 
 
 def on_full(batch: Batch, name: str) -> Batch:
@@ -95,7 +78,7 @@ def ema(theta: Schedule) -> Estimator:
     """Exponential moving average, ``m <- (1 - theta) m + theta D``, started at the first direction.
 
     Args:
-        theta: weight of the new direction, a number in [0, 1] or a schedule of the number of updates.
+        theta: weight of the new direction, a number in [0, 1] or a schedule of the number of updates, clipped to [0, 1].
 
     Cost: one oracle call an update.  Memory: one direction.
     """
@@ -105,7 +88,7 @@ def ema(theta: Schedule) -> Estimator:
         return EmaState(widen(total(_zeros(oracle, vars, batch))))
 
     def update(oracle: Any, vars: Vars, batch: Batch, count: Array, state: EmaState) -> tuple[Vars, EmaState]:
-        weight = jnp.where(count == 0, 1.0, value_at(theta, count))
+        weight = jnp.where(count == 0, 1.0, weight_at(theta, count))
         new = total(oracle(vars, batch))
         mean = _mix(weight, widen(new), state.mean)
         return narrow(mean, new), EmaState(mean)
@@ -291,7 +274,7 @@ def sarah(period: int) -> Estimator:
 
     def estimate(oracle: Any, vars: Vars, batch: Batch, count: Array, state: RecursiveState) -> Vars:
         full = on_full(batch, "sarah")
-        return lax.cond(
+        return cond(
             count % period == 0,
             lambda: total(oracle(vars, full)),
             lambda: _difference(oracle, vars, batch, state),
@@ -327,7 +310,7 @@ def page(probability: float) -> Estimator:
             raise ValueError("batch.key: got None, expected a key, from which page draws its coin")
         # A key of its own, so that the coin is independent of what a loss draws from batch.key.
         coin = jax.random.bernoulli(jax.random.fold_in(batch.key, 0x9A6E), jnp.asarray(chance, jnp.float32))
-        return lax.cond(
+        return cond(
             (count == 0) | coin,
             lambda: total(oracle(vars, full)),
             lambda: _difference(oracle, vars, batch, state),
@@ -353,7 +336,7 @@ def storm(eta: Schedule) -> Estimator:
 
     def estimate(oracle: Any, vars: Vars, batch: Batch, count: Array, state: RecursiveState) -> Vars:
         new, old = total(oracle(vars, batch)), total(oracle(state.vars, batch))
-        keep = 1 - jnp.clip(jnp.where(count == 0, 1.0, value_at(eta, count)), 0.0, 1.0)
+        keep = 1 - jnp.where(count == 0, 1.0, weight_at(eta, count))
         return jax.tree.map(lambda n, o, d: n + keep.astype(n.dtype) * (d - o), new, old, state.direction)
 
     return _recursive(estimate, 2.0, 0.0, needs_means=False)

@@ -15,11 +15,12 @@ import optax
 from jax import lax
 
 from bilevel_jax import checks, linear_solve
+from bilevel_jax.control_flow import scan
 from bilevel_jax.linear_solve import LinearSolver
 from bilevel_jax.optimisers import moved
 from bilevel_jax.oracles import losses
 from bilevel_jax.results import Result, all_finite, keep
-from bilevel_jax.trees import norm
+from bilevel_jax.trees import narrow, norm, widen
 from bilevel_jax.types import Array, Batch, Problem, PyTree
 
 
@@ -225,8 +226,11 @@ def path(opt: optax.GradientTransformation, steps: int, *, truncate: int | None 
         raise ValueError(f"checkpoint: got {checkpoint!r}, expected 'sqrt', 'step' or 'none'")
 
     def follow(gradient: Any, z: PyTree, x: PyTree, score: Any = None) -> PyTree:
+        outer, x = x, widen(x)  # the backward pass sums over the steps in the dtype of what they share
+
         def step(carry: Any, x: PyTree) -> Any:
             (z, state, k), kept = carry
+            x = narrow(x, outer)
             z, state = moved(opt, gradient(z, x, k), state, z, x)
             if score is not None:
                 worst, height = kept
@@ -238,8 +242,8 @@ def path(opt: optax.GradientTransformation, steps: int, *, truncate: int | None 
         with jax.numpy_dtype_promotion("standard"):
             carry: Any = (z, opt.init(z), jnp.int32(0)), None
         if score is not None:
-            shape = jax.eval_shape(score, z, x)
-            carry = carry[0], (z, jnp.full(shape.shape, -jnp.inf, shape.dtype))
+            shape = jax.eval_shape(score, z, outer)
+            carry = carry[0], (z, jnp.full(shape.shape, jnp.finfo(shape.dtype).min, shape.dtype))
         if steps > kept_steps:
             fixed = lax.stop_gradient(x)
             carry = lax.stop_gradient(repeat(lambda c: step(c, fixed), carry, steps - kept_steps, "none"))
@@ -287,15 +291,16 @@ def gaussian(directions: int, radius: float) -> Jacobian:
             keys = jax.random.split(key, len(leaves))
             u = form.unflatten(jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True))
             moved = end(jax.tree.map(lambda leaf, d: leaf + jnp.asarray(radius, leaf.dtype) * d, x, u))
-            return u, jax.tree.map(lambda m, e: (m - e) / jnp.asarray(radius, e.dtype), moved, z)
+            return u, jax.tree.map(lambda m, e: (m - e) / jnp.asarray(radius, e.dtype), widen(moved), widen(z))
 
         us, changes = jax.vmap(along)(jax.random.split(key, directions))
 
         def pull(dz: PyTree) -> PyTree:
             weights = functools.reduce(
-                jnp.add, jax.tree.leaves(jax.tree.map(lambda c, d: jnp.tensordot(c, d, d.ndim), changes, dz))
+                jnp.add, jax.tree.leaves(jax.tree.map(lambda c, d: jnp.tensordot(c, d, d.ndim), changes, widen(dz)))
             )
-            return jax.tree.map(lambda u: jnp.tensordot(weights.astype(u.dtype), u, 1) / directions, us)
+            way = jax.tree.map(lambda u: jnp.tensordot(weights.astype(u.dtype), u, 1) / directions, widen(us))
+            return narrow(way, us)
 
         return z, pull
 
@@ -343,14 +348,14 @@ def repeat(step: Callable[[Any], Any], carry: Any, times: int, checkpoint: str) 
     single = step if checkpoint == "none" else jax.checkpoint(step, prevent_cse=False)
 
     def loop(carry: Any, count: int) -> Any:
-        return lax.scan(lambda c, _: (single(c), None), carry, None, length=count)[0]
+        return scan(lambda c, _: (single(c), None), carry, None, length=count)[0]
 
     if checkpoint != "sqrt":
         return loop(carry, times)
     size = int(np.sqrt(times))
     carry = loop(carry, times % size) if times % size else carry
     block = jax.checkpoint(lambda c: loop(c, size), prevent_cse=False)
-    return lax.scan(lambda c, _: (block(c), None), carry, None, length=times // size)[0]
+    return scan(lambda c, _: (block(c), None), carry, None, length=times // size)[0]
 
 
 def usable(solver: LinearSolver | None, positive_definite: bool, tolerance: float | None = None) -> LinearSolver:

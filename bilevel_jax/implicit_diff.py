@@ -87,7 +87,7 @@ def implicit_root(
         def inverse(matvec: Any, b: Array) -> Array:
             dz, stats = solver.solve(lambda u: unravel(matvec(ravel(u))), unravel(b))
             # NaN where the solve has failed, else 0; without a constant NaN, which jax_debug_nans reports
-            return ravel(dz) + jnp.log(jnp.where(stats.code <= Result.STAGNATION, 1, -1).astype(b.dtype))
+            return ravel(dz) + jnp.log(jnp.where(stats.code <= jnp.int32(Result.STAGNATION), 1, -1).astype(b.dtype))
 
         # One vector: jax transposes the system only if all of its right-hand side depends on what is differentiated.
         return unravel(lax.custom_linear_solve(lambda u: ravel(jacobian(unravel(u))), b, inverse, inverse, positive_definite))

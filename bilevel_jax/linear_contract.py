@@ -11,6 +11,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel_jax import checks
+from bilevel_jax.control_flow import scan, settled, varying
 from bilevel_jax.results import Result, all_finite
 from bilevel_jax.trees import widest
 from bilevel_jax.types import Array, PyTree
@@ -45,12 +46,14 @@ def from_vectors(
     symmetric: bool | None = None,
     draws: int = 0,
     damping: Any = 0.0,
+    numbers: tuple = (),
 ) -> LinearSolver:
     """A solver on pytrees from ``iterate(system, b, guess, eps, key) -> (u, Stats)`` on vectors; see `VectorSystem`.
 
     On one vector a step is a few operations, where every leaf would add its own (forty leaves: `cg` takes half the time).
     ``symmetric`` is None for what is differentiated as it is written; otherwise ``du = A^-1 (db - dA u)``, where the damping
-    belongs to A.
+    belongs to A.  ``numbers`` are those of the method that may be traced, such as its tolerances.  The method takes them from
+    the system, because a derivative rule that closes over traced values leaks them.
     """
     damped = not (isinstance(damping, int | float) and damping == 0)
 
@@ -70,42 +73,43 @@ def from_vectors(
         def undamped(u: Array, r: Array) -> Array:
             return norm(r + cast(lax.stop_gradient(damping), u) * u) if damped else norm(r)
 
-        def checked(
-            A: Any, b: Array, guess: Array | None, residual_norm: Callable[[Array, Array], Array] = undamped
-        ) -> tuple[Array, Stats]:
+        def checked(system: VectorSystem, b: Array, guess: Array | None, key: Any = None) -> tuple[Array, Stats]:
             fine, size = all_finite(b), dot(b, b)  # not finite where b is not
             b = jnp.where(fine, b, jnp.zeros_like(b))
             guess = None if guess is None else jnp.where((b == 0).all(), b, guess)
-            u, (code, residual, steps) = iterate(VectorSystem(A, residual_norm), b, guess, eps, key)
+            u, (code, residual, steps) = iterate(system, b, guess, eps, key)
             residual = jnp.where(fine, residual, size)
             fine &= all_finite(u)
             u = jnp.where(fine, u, jnp.zeros_like(u))
             return u, Stats(first_code((~fine, Result.NONFINITE), default=code), residual, steps)
 
         if symmetric is None:
-            u, stats = checked(apply, b, guess)
+            u, stats = checked(VectorSystem(apply, undamped, numbers), b, guess, key)
             return unravel(u), stats
-        A, consts = jax.closure_convert(apply, b)  # one trace of matvec; all that may have a derivative becomes an argument
+        b = settled(apply, b if guess is None else varying(b, guess))
+        product, consts = jax.closure_convert(apply, b)  # one trace of matvec; all that may have a derivative is an argument
+        A = lambda u, *consts: product(varying(u, b), *consts)  # noqa: E731
 
         @jax.custom_jvp
-        def solution(u: Array, b: Array, consts: Any) -> Array:
+        def solution(u: Array, b: Array, consts: Any, numbers: tuple) -> Array:
             """u, with the derivatives of ``A^-1 b``: their systems must not start at the guess."""
-            del b, consts
+            del b, consts, numbers
             return u
 
         @solution.defjvp
         def _(primals: tuple, tangents: tuple) -> tuple:
-            u, consts = solution(*primals), primals[2]
-            _, change = jax.jvp(lambda b, consts: b - A(u, *consts), primals[1:], tangents[1:])
+            u, (_, b, consts, numbers) = solution(*primals), primals
+            _, change = jax.jvp(lambda b, consts: b - A(u, *consts), (b, consts), tangents[1:3])
 
             def inverse(A: Any, b: Array) -> Array:
-                return checked(lambda u, k=None: A(u), b, None, lambda u, r: norm(r))[0]
+                return checked(VectorSystem(lambda u, k=None: A(u), lambda u, r: norm(r), numbers), b, None)[0]
 
             return u, lax.custom_linear_solve(lambda u: A(u, *consts), change, inverse, inverse, bool(symmetric))
 
         still = lax.stop_gradient(consts)
-        u, stats = checked(lambda u, k=None: A(u, *still), *lax.stop_gradient((b, guess)))
-        return unravel(solution(u, b, consts)), stats
+        system = VectorSystem(lambda u, k=None: A(u, *still), undamped, numbers)
+        u, stats = checked(system, *lax.stop_gradient((b, guess)), key)
+        return unravel(solution(u, b, consts, numbers)), stats
 
     return LinearSolver(solve, float(applications), draws)
 
@@ -115,6 +119,7 @@ class VectorSystem(NamedTuple):
 
     A: Callable[..., Array]  # (u, k=None) -> the product, with damping
     residual_norm: Callable[[Array, Array], Array]  # (u, b - A u) -> |b - A u| without damping
+    numbers: tuple  # of the method: see `from_vectors`
 
 
 def as_vector(tree: PyTree) -> tuple[Array, Callable[[PyTree], Array], Callable[[Array], PyTree]]:
@@ -147,7 +152,7 @@ def scan_while_finite(step: Callable[[Any, Any], tuple[Array, Any]], state: Any,
         fine &= jnp.isfinite(square(change))
         return (select(fine, new, state), fine), None
 
-    return lax.scan(body, (state, jnp.array(True)), xs)[0]
+    return scan(body, (state, jnp.array(True)), xs)[0]
 
 
 def verdict(size: Array, most: Array, fine: Array) -> Array:

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from bilevel_jax import checks
+from bilevel_jax.control_flow import cond, while_loop
 from bilevel_jax.linear_contract import (
     LinearSolver,
     Stats,
@@ -108,6 +108,7 @@ def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0)
     def iterate(system: VectorSystem, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del key
         A, rr = system.A, dot(b, b)
+        atol, rtol = system.numbers
         target = cast(atol, rr) + cast(eps**0.5 if rtol is None else rtol, rr) * norm(b)
 
         def step(s: _CG, Ap: Array) -> _CG:
@@ -123,7 +124,7 @@ def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0)
                 (s.steps + 1 >= max_steps, Result.MAX_STEPS_REACHED),
                 default=s.code,
             )
-            fine = code <= Result.MAX_STEPS_REACHED
+            fine = code <= jnp.int32(Result.MAX_STEPS_REACHED)
             u, r = select(fine, (s.u + alpha * s.p, s.r - alpha * Ap), (s.u, s.r))
             rr = jnp.where(fine, dot(r, r), s.rr)
             beta = rr / s.rr
@@ -139,31 +140,31 @@ def cg(*, max_steps: int, rtol: Any = None, atol: Any = 0.0, damping: Any = 0.0)
             failures = s.failures + (jnp.sqrt(s.rr) <= target).astype(jnp.int32)
             best = select(residual < s.best[1], now, s.best)
             code = first_code(
-                (s.code > Result.MAX_STEPS_REACHED, s.code),
+                (s.code > jnp.int32(Result.MAX_STEPS_REACHED), s.code),
                 (~all_finite(Au), Result.NONFINITE),
                 (uAu < -eps * norm(s.u) * norm(Au), Result.NEGATIVE_CURVATURE),  # of a good guess, where there is no step
                 (residual <= target, Result.SUCCESSFUL),
                 (failures >= 2, Result.STAGNATION),
                 default=s.code,
             )
-            u, _, residual = select(code == Result.STAGNATION, best, now)
+            u, _, residual = select(code == jnp.int32(Result.STAGNATION), best, now)
             p = s.p + (r - s.r)  # p = r + beta p_old was made with the r of the recursion: exchange that for the true one
             s = s._replace(u=u, r=r, p=p, rr=dot(r, r), best=best, residual=residual, failures=failures)
             return s._replace(code=code, checking=jnp.array(False))
 
         def apply(s: _CG) -> _CG:  # one application a pass, so that under vmap no lane pays for another's checks
             s = s._replace(total=s.total + 1)
-            return lax.cond(s.checking, check, step, s, A(jnp.where(s.checking, s.u, s.p)))
+            return cond(s.checking, check, step, s, A(jnp.where(s.checking, s.u, s.p)))
 
         zeros, large, count, code = jnp.zeros_like(b), jnp.full_like(rr, jnp.finfo(rr.dtype).max), jnp.int32(0), jnp.int32(-1)
         best = zeros, large, large
         s = _CG(zeros, b, b, rr, 0 * rr, best, large, count, count, count, code, jnp.sqrt(rr) <= target)
         if guess is not None:  # the first check turns r = p = 0 into b - A guess
             s = s._replace(u=guess, r=zeros, p=zeros, rr=large, checking=jnp.array(True))
-        s = lax.while_loop(lambda s: (s.code < 0) | s.checking, apply, s)
+        s = while_loop(lambda s: (s.code < 0) | s.checking, apply, s)
         return s.u, Stats(s.code, s.residual, s.total)
 
-    return from_vectors(iterate, max_steps + 3.0, symmetric=True, damping=damping)
+    return from_vectors(iterate, max_steps + 3.0, symmetric=True, damping=damping, numbers=(atol, rtol))
 
 
 def richardson(*, steps: int, rate: Any, fresh: bool = False) -> LinearSolver:
@@ -191,7 +192,7 @@ def richardson(*, steps: int, rate: Any, fresh: bool = False) -> LinearSolver:
         ([0.875], 0.125)
     """
     rate = checks.number("rate", rate) if fresh else checks.constant("rate", checks.number("rate", rate))
-    return _march(steps, lambda b: (cast(rate, b), None), growth=1, symmetric=None if fresh else False)
+    return _march(steps, lambda b, rate: (cast(rate, b), None), (rate,), growth=1, symmetric=None if fresh else False)
 
 
 def heavy_ball(*, steps: int, smoothness: Any, strong_convexity: Any) -> LinearSolver:
@@ -222,12 +223,12 @@ def heavy_ball(*, steps: int, smoothness: Any, strong_convexity: Any) -> LinearS
     if isinstance(smoothness, int | float) and isinstance(strong_convexity, int | float) and smoothness < strong_convexity:
         raise ValueError(f"smoothness: got {smoothness}, expected at least strong_convexity, {strong_convexity}")
 
-    def rates(b: Array) -> tuple[Array, Array]:
+    def rates(b: Array, smoothness: Any, strong_convexity: Any) -> tuple[Array, Array]:
         L, mu = jnp.sqrt(cast(smoothness, b)), jnp.sqrt(cast(strong_convexity, b))
         root = 2 / (L + mu)
         return root**2, jnp.maximum((1 - root * mu) ** 2, (1 - root * L) ** 2)
 
-    return _march(steps, rates, growth=2 * steps + 1, symmetric=True)
+    return _march(steps, rates, (smoothness, strong_convexity), growth=2 * steps + 1, symmetric=True)
 
 
 def dense(*, positive_definite: bool = True, damping: Any = 0.0) -> LinearSolver:
@@ -269,7 +270,7 @@ def dense(*, positive_definite: bool = True, damping: Any = 0.0) -> LinearSolver
                 def symmetric() -> tuple[Array, Array]:
                     return jax.scipy.linalg.cho_solve((lower, True), b), jnp.diagonal(lower) ** 2
 
-                u, pivots = lax.cond(definite, symmetric, general)
+                u, pivots = cond(definite, symmetric, general)
             else:
                 (u, pivots), definite = general(), jnp.array(True)
         u = jnp.where(jnp.isfinite(u).all(), u, jnp.zeros_like(u))
@@ -323,14 +324,14 @@ def auto(
     return LinearSolver(solve, max(dense_below + 1.0, large.applications))
 
 
-def _march(steps: int, rates: Callable[[Array], tuple], *, growth: float, symmetric: bool | None) -> LinearSolver:
+def _march(steps: int, rates: Callable[..., tuple], numbers: tuple, *, growth: float, symmetric: bool | None) -> LinearSolver:
     """``u <- u + lam (b - A u) + th (u - previous u)``, as long as that is finite; fresh samples if ``symmetric`` is None."""
     checks.positive_int("steps", steps)
     fresh = symmetric is None
 
     def iterate(system: VectorSystem, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del key
-        A, (lam, th) = system.A, rates(b)
+        A, (lam, th) = system.A, rates(b, *system.numbers)
         u = jnp.zeros_like(b) if guess is None else guess
 
         def step(state: tuple, k: Array) -> tuple:
@@ -349,4 +350,5 @@ def _march(steps: int, rates: Callable[[Array], tuple], *, growth: float, symmet
         residual, most = norm(b - A(u)), growth * first + eps**0.5 * norm(b)
         return u, Stats(verdict(jnp.fmax(last, residual), most, fine), residual, jnp.int32(steps + 1))
 
-    return from_vectors(iterate, steps if fresh else steps + 1, symmetric=symmetric, draws=steps if fresh else 0)
+    applications, draws = (steps, steps) if fresh else (steps + 1, 0)
+    return from_vectors(iterate, applications, symmetric=symmetric, draws=draws, numbers=numbers)

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from bilevel_jax import checks
+from bilevel_jax.control_flow import scan
 from bilevel_jax.results import Result, all_finite, worst
 from bilevel_jax.samplers import Plan, Sampler, take_draw, take_window
 from bilevel_jax.types import Array, Batch, BilevelState, Calls, Cost, Levels, Solver, Vars
@@ -85,7 +85,7 @@ def resume(
     def chunk(carry: Carry, _: None) -> tuple[Carry, History]:
         plan = sampler.plan(data, carry.key, carry.state.step * solver.draws, every * solver.draws)
         plan = jax.tree.map(lambda leaf: leaf.reshape(every, solver.draws, *leaf.shape[1:]), plan)
-        state, _ = lax.scan(one, carry.state, plan)
+        state, _ = scan(one, carry.state, plan)
         row = _row(state, metrics, data)
         fine = all_finite(state.vars)
         known = all_finite([value for value in row.values() if jnp.issubdtype(value.dtype, jnp.inexact)])
@@ -94,7 +94,7 @@ def resume(
         carry = Carry(state, carry.key, jnp.maximum(carry.result, code), kept)
         return carry, row
 
-    return lax.scan(chunk, carry, None, length=steps // every)
+    return scan(chunk, carry, None, length=steps // every)
 
 
 def run(
@@ -239,7 +239,7 @@ def several(solver: Solver, updates: int) -> Solver:
         def one(state: BilevelState, turn: Array) -> tuple[BilevelState, None]:
             return solver.update(state, take_window(batches, turn * solver.draws, solver.draws)), None
 
-        return lax.scan(one, state, jnp.arange(updates, dtype=jnp.int32))[0]
+        return scan(one, state, jnp.arange(updates, dtype=jnp.int32))[0]
 
     cost = Cost(*(Calls(*(updates * calls for calls in part)) for part in solver.cost))
     return Solver(init, update, updates * solver.draws, cost)

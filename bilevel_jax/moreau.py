@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from bilevel_jax import checks
+from bilevel_jax.control_flow import while_loop
 from bilevel_jax.nonsmooth import Nonsmooth, zero
 from bilevel_jax.oracles import losses
 from bilevel_jax.results import Result
@@ -92,8 +92,8 @@ def envelope(
         new = step(theta)
         return new, norm(jax.tree.map(jnp.subtract, new, theta)) / rate, count + 1
 
-    start = (z, jnp.full_like(size, jnp.inf), jnp.int32(0))
-    theta, moved, count = lax.while_loop(lambda c: (c[1] > target) & (c[2] < max_steps), body, start)
+    start = (z, jnp.full_like(size, jnp.finfo(size.dtype).max), jnp.int32(0))
+    theta, moved, count = while_loop(lambda c: (c[1] > target) & (c[2] < max_steps), body, start)
 
     def inner(at: PyTree) -> Array:
         return (g(at, x, batch) + term.value(at, x)).astype(size.dtype)
@@ -175,4 +175,4 @@ def residual(
     down[0] = term.prox(down[0], rate, x)
     landed = [(land or (lambda u: u))(u) for land, u in zip(projections, down, strict=True)]
     moved = norm([jax.tree.map(jnp.subtract, a, b) for a, b in zip((z, x), landed, strict=True)])
-    return jnp.where(known.code == Result.SUCCESSFUL, moved / step, jnp.nan)
+    return jnp.where(known.code == jnp.int32(Result.SUCCESSFUL), moved / step, jnp.nan)

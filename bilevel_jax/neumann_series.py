@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from bilevel_jax import checks
+from bilevel_jax.control_flow import cond
 from bilevel_jax.linear_contract import (
     LinearSolver,
     Stats,
@@ -60,7 +60,7 @@ def neumann(*, terms: int, rate: Any, fresh: bool = False, batches: tuple[int, .
 
     def iterate(system: VectorSystem, b: Array, guess: Array | None, eps: float, key: Any) -> tuple[Array, Stats]:
         del guess, key
-        A, eta = system.A, cast(rate, b)
+        A, eta = system.A, cast(system.numbers[0], b)
 
         def factor(state: tuple, k: Array) -> tuple:
             r, s = state
@@ -81,7 +81,7 @@ def neumann(*, terms: int, rate: Any, fresh: bool = False, batches: tuple[int, .
             (r, s, _), fine = scan_while_finite(sample, (b, b, jnp.zeros_like(b)), (ks, cast(weights, b), jnp.asarray(ends)))
         return eta * s, Stats(verdict(norm(r), (1 + eps**0.5) * norm(b), fine), norm(r), jnp.int32(total))
 
-    return from_vectors(iterate, total, symmetric=None if fresh else False, draws=total if fresh else 0)
+    return from_vectors(iterate, total, symmetric=None if fresh else False, draws=total if fresh else 0, numbers=(rate,))
 
 
 def nested_batches(terms: int, *, rate: float, strong_convexity: float, blocks: int = 1) -> tuple[int, ...]:
@@ -147,7 +147,7 @@ def random_neumann(*, terms: int, rate: Any, fresh: bool = False) -> LinearSolve
         A, eta = system.A, cast(rate, b)
 
         def factor(r: Array, k: Array) -> tuple[Array, Array]:
-            r = lax.cond(k < p, lambda: r - eta * A(r, k), lambda: r)
+            r = cond(k < p, lambda: r - eta * A(r, k), lambda: r)
             return r, r
 
         r, fine = scan_while_finite(factor, b, jnp.arange(terms - 1, dtype=jnp.int32))

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 from bilevel_jax import checks
-from bilevel_jax.trees import widest
+from bilevel_jax.trees import widen, widest
 from bilevel_jax.types import Array, PyTree
 
 #: A number, an array that broadcasts against its z, or a function of x to one of these.
@@ -86,12 +86,13 @@ def group_lasso(groups: Any, weights: Weights = 1.0) -> Nonsmooth:
     _not_negative("weights", weights)
 
     def value(z: Array, x: PyTree) -> Array:
-        return (_at(weights, x, z) * _norms(z, of, count)).sum()
+        norms = _norms(z, of, count)
+        return (_at(weights, x, norms) * norms).sum().astype(z.dtype)
 
     def prox(point: Array, step: Array | float, x: PyTree) -> Array:
         norms = _norms(point, of, count)
         # max(0, 1 - step w / |z|) without a division by 0: a group of norm 0 stays there.
-        threshold = _at(step, None, point) * _at(weights, x, point)
+        threshold = _at(step, None, norms) * _at(weights, x, norms)
         kept = jnp.where(norms <= threshold, 0, 1 - threshold / jnp.where(norms == 0, 1, norms))
         return point * kept.astype(point.dtype)[of]
 
@@ -267,7 +268,7 @@ def _groups(groups: Any) -> tuple[np.ndarray, int]:
 def _norms(z: Array, of: np.ndarray, count: int) -> Array:
     if np.shape(z) != of.shape:
         raise ValueError(f"z: got the shape {np.shape(z)}, expected {of.shape}, one coordinate for each entry of groups")
-    return _root(jax.ops.segment_sum(z * z, of, count))
+    return _root(jax.ops.segment_sum(widen(z) ** 2, of, count))
 
 
 def _root(squares: Array) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 
 from bilevel_jax import checks
 from bilevel_jax.linear_solve import LinearSolver
-from bilevel_jax.optimisers import value_at
+from bilevel_jax.optimisers import weight_at
 from bilevel_jax.samplers import take_draw
 from bilevel_jax.trees import norm, scaled, widest
 from bilevel_jax.types import Array, Batch, Calls, Levels, Loss, Oracle, Problem, PyTree, Schedule, Terms, Vars
@@ -52,7 +52,8 @@ def mean_loss(loss: Loss, name: str) -> Callable[[PyTree, PyTree, PyTree, Array 
             )
         if shape != np.shape(weight):
             raise ValueError(f"{name}: got a loss of shape {shape}, expected {np.shape(weight)}, one value a sample")
-        return jnp.vdot(weight.astype(value.dtype), value)
+        wide = widest(value)
+        return jnp.vdot(weight.astype(wide), value.astype(wide)).astype(value.dtype)
 
     return scalar
 
@@ -191,7 +192,7 @@ def aggregated(problem: Problem, weight: Schedule) -> Oracle:
 
     Args:
         problem: the two losses; f strongly convex in z in theory.
-        weight: mu in [0, 1], a number or a schedule of the step.
+        weight: mu in [0, 1], a number or a schedule of the step, clipped to [0, 1].
 
     Returns:
         An oracle.  Without v (or for a path of inner steps: see `bilevel_jax.stages.unroll`) it has the direction of z alone.
@@ -219,7 +220,7 @@ def aggregated(problem: Problem, weight: Schedule) -> Oracle:
         z, v, x = vars
         if batch.outer is None:
             raise ValueError("batch.outer: got None, expected data of the outer loss, which enters the direction of z")
-        mu = value_at(weight, step)
+        mu = weight_at(weight, step)
         part = lambda tree, of_f: scaled(mu if of_f else 1 - mu, tree)  # noqa: E731
         if v is None:
             dz, fz = jax.grad(g)(z, x, batch), jax.grad(f)(z, x, batch)

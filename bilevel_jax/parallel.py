@@ -36,6 +36,7 @@ from jax.sharding import PartitionSpec as P
 from bilevel_jax import checks
 from bilevel_jax.oracles import losses, mean_loss
 from bilevel_jax.samplers import Plan, Sampler
+from bilevel_jax.trees import narrow, widen
 from bilevel_jax.types import Array, Batch, BilevelState, Levels, Loss, Problem, PyTree, Solver
 
 
@@ -78,12 +79,13 @@ def data_parallel(problem: Problem, axis: str) -> Problem:
             if not jax.tree.leaves(data):
                 return mean(z, x, data, None)
             _check_shares(name, z, x, data, axis)
-            z, x = lax.pcast((z, x), axis, to="varying")
+            # in float32 at least: the derivative of a cast to the devices is a sum over them
+            z, x = narrow(lax.pcast(widen((z, x)), axis, to="varying"), (z, x))
             if isinstance(data, Weighted):
                 value = mean(z, x, data.rows, data.weight / len(data.weight))
             else:
                 value = mean(z, x, data, None)
-            return lax.pmean(value, axis)
+            return lax.pmean(widen(value), axis).astype(value.dtype)
 
         everywhere.axis = axis  # type: ignore[attr-defined]  # for those who must not average, as the steps of a task
         return everywhere

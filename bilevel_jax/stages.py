@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from bilevel_jax import checks
+from bilevel_jax.control_flow import while_loop
 from bilevel_jax.estimators import total
 from bilevel_jax.hypergrad import Jacobian, path, reverse
 from bilevel_jax.linear_solve import LinearSolver
@@ -129,7 +129,7 @@ def solve_inner(
             opt_state = opt.init(vars.inner)
         slope = jax.tree.map(jnp.zeros_like, vars.inner) if target is None else gradient(vars.inner)
         carry = (vars.inner, slope, opt_state, jnp.int32(0), jnp.array(True))
-        z, slope, _, count, fine = lax.while_loop(going, body, carry)
+        z, slope, _, count, fine = while_loop(going, body, carry)
         residual = norm(slope)  # without a tolerance, that of the last step's start: another gradient would cost as much
         met = jnp.array(True) if target is None else residual.astype(target.dtype) <= target
         code = jnp.where(met, Result.SUCCESSFUL, Result.INNER_NOT_CONVERGED)

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from bilevel_jax import checks
+from bilevel_jax.control_flow import scan
 from bilevel_jax.estimators import plain
 from bilevel_jax.optimisers import moved
 from bilevel_jax.results import Status, all_finite, keep
@@ -146,7 +146,7 @@ def descend(
         def body(carry: Any, k: Array) -> tuple[Any, None]:
             return once(carry, single(take_window(batches, k * width, width)) if first is None else first, k), None
 
-        carry, _ = lax.scan(body, (vars, state), jnp.arange(steps, dtype=jnp.int32))
+        carry, _ = scan(body, (vars, state), jnp.arange(steps, dtype=jnp.int32))
         return carry
 
     calls = oracle.calls(moves)

@@ -14,6 +14,7 @@ import optax
 from jax import lax
 
 from bilevel_jax import checks
+from bilevel_jax.control_flow import scan
 from bilevel_jax.hypergrad import bind, path
 from bilevel_jax.hypergrad import implicit as by_linear_solve
 from bilevel_jax.linear_solve import LinearSolver, cg
@@ -21,6 +22,7 @@ from bilevel_jax.optimisers import moved
 from bilevel_jax.oracles import DrawLoss, losses
 from bilevel_jax.results import Status
 from bilevel_jax.samplers import take_draw
+from bilevel_jax.trees import narrow, widen
 from bilevel_jax.types import Array, Batch, Calls, Cost, Problem, PyTree, Stage, Vars
 
 #: Whether the leaf at a path of a parameter pytree (its key string, as ``['head']['kernel']``) is adapted.
@@ -246,14 +248,16 @@ def over_tasks(adaptation: Adaptation, opt: optax.GradientTransformation, *, loo
         if kind == "scan":
             shape = jax.eval_shape(one, take_draw(tasks, 0))
             blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+            blank = blank._replace(gradient=widen(blank.gradient))
 
             def body(held: Adapted, task: Batch) -> tuple[Adapted, None]:
                 new = one(task)
-                summed = jax.tree.map(jnp.add, held.gradient, new.gradient)
+                summed = jax.tree.map(jnp.add, held.gradient, widen(new.gradient))
                 return Adapted(new.inner, summed, jnp.maximum(held.code, new.code)), None
 
-            held, _ = lax.scan(body, blank, tasks)
-            return held._replace(gradient=jax.tree.map(lambda leaf: leaf / count, held.gradient))
+            held, _ = scan(body, blank, tasks)
+            mean = jax.tree.map(lambda leaf: leaf / count, held.gradient)
+            return held._replace(gradient=narrow(mean, shape.gradient))
         if kind == "unrolled":
             found = [one(take_draw(tasks, i)) for i in range(count)]
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)

@@ -36,6 +36,7 @@ from bilevel_jax.distributed.cuts import Cuts, add, drop_idle, rows, values
 from bilevel_jax.distributed.rates import Rates, damping, filled
 from bilevel_jax.optimisers import value_at
 from bilevel_jax.oracles import losses
+from bilevel_jax.trees import matmul, widen
 from bilevel_jax.types import Array, Batch, Problem, Schedule, Vars
 
 
@@ -63,7 +64,7 @@ class Master(NamedTuple):
     received_at: Array  # int32 [N]
     cuts: Cuts
     estimate_multiplier: Array  # [N, m], of the last estimate
-    inner_gap: Array  # [], at the last cut; infinite before
+    inner_gap: Array  # [], at the last cut; the largest finite number before
     made: Array  # int32 [], cuts added so far
     refused: Array  # int32 [], cuts for which there was no room
     alive: Array  # bool [N], false once evicted
@@ -236,7 +237,7 @@ def adbo(
             received_at=jnp.zeros(N, jnp.int32),
             cuts=Cuts(zeros(C, n), zeros(N, C, m), zeros(C, m), zeros(C), zeros(N, C), zeros(C), zeros(C), jnp.zeros(C, bool)),
             estimate_multiplier=zeros(N, m),
-            inner_gap=jnp.full((), jnp.inf, dtype),
+            inner_gap=jnp.full((), jnp.finfo(dtype).max, dtype),
             made=jnp.zeros((), jnp.int32),
             refused=jnp.zeros((), jnp.int32),
             alive=jnp.ones(N, bool),
@@ -249,15 +250,15 @@ def adbo(
         d_inner, d_outer = jax.grad(loss, argnums=(0, 1))(worker.inner, worker.outer)
         t = worker.received_at
         outer = worker.outer - at(rates.outer, t) * (d_outer + worker.consensus_multiplier)
-        inner = worker.inner - at(rates.inner, t) * (d_inner + worker.cut_multiplier @ worker.cut_inner)
+        inner = worker.inner - at(rates.inner, t) * (d_inner + matmul(worker.cut_multiplier, worker.cut_inner).astype(dtype))
         return worker._replace(outer=outer, inner=inner)
 
     def update(master: Master, active: Array) -> Master:
         t, cuts, multiplier = master.step, master.cuts, master.consensus_multiplier
-        consensus_outer = master.consensus_outer - at(rates.consensus_outer, t) * (
-            cuts.multiplier @ cuts.outer - rows(master.alive, multiplier).sum(0)
-        )
-        consensus_inner = master.consensus_inner - at(rates.consensus_inner, t) * (cuts.multiplier @ cuts.consensus)
+        way_outer = matmul(cuts.multiplier, cuts.outer) - widen(rows(master.alive, multiplier)).sum(0)
+        way_inner = matmul(cuts.multiplier, cuts.consensus)
+        consensus_outer = master.consensus_outer - at(rates.consensus_outer, t) * way_outer.astype(dtype)
+        consensus_inner = master.consensus_inner - at(rates.consensus_inner, t) * way_inner.astype(dtype)
         value = values(cuts, consensus_outer, consensus_inner, master.inner, master.alive)
         ascent = cuts.multiplier + at(rates.cut, t) * (value - at(cut_damping, t) * cuts.multiplier)
         cut_multiplier = jnp.where(cuts.live, jnp.maximum(ascent, jnp.zeros((), dtype)), jnp.zeros((), dtype))
@@ -322,7 +323,12 @@ def adbo(
             outer=d_outer,
             inner=2 * apart,
             consensus=2 * apart_consensus,
-            offset=rest - 2 * apart_consensus @ master.consensus_inner - d_outer @ master.consensus_outer - cut_tolerance,
+            offset=(
+                widen(rest)
+                - matmul(2 * apart_consensus, master.consensus_inner)
+                - matmul(d_outer, master.consensus_outer)
+                - cut_tolerance
+            ).astype(dtype),
             share=parts - 2 * (apart * master.inner).sum(1),
             multiplier=jnp.zeros((), dtype),
             before=jnp.zeros((), dtype),

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilevel_jax.trees import matmul, widen
 from bilevel_jax.types import Array
 
 
@@ -24,16 +25,15 @@ class Cuts(NamedTuple):
 
 def values(cuts: Cuts, consensus_outer: Array, consensus_inner: Array, inner: Array, alive: Array) -> Array:
     """The left-hand side of every cut, ``[C]``: positive where it is violated.  ``inner`` is [N, m], ``alive`` bool [N]."""
-    products = jax.vmap(jnp.matmul)(
-        cuts.inner, rows(alive, inner)
-    )  # a worker at a time: 20 times as fast as one einsum on a CPU
-    return (
-        cuts.outer @ consensus_outer
+    products = jax.vmap(matmul)(cuts.inner, rows(alive, inner))  # a worker at a time: 20 times as fast as one einsum on a CPU
+    total = (
+        matmul(cuts.outer, consensus_outer)
         + products.sum(0)
-        + cuts.consensus @ consensus_inner
-        + cuts.offset
-        + rows(alive, cuts.share).sum(0)
+        + matmul(cuts.consensus, consensus_inner)
+        + widen(cuts.offset)
+        + widen(rows(alive, cuts.share)).sum(0)
     )
+    return total.astype(cuts.offset.dtype)
 
 
 def drop_idle(cuts: Cuts) -> Cuts:

@@ -25,16 +25,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from bilevel_jax import checks
+from bilevel_jax.control_flow import scan
 from bilevel_jax.linear_solve import LinearSolver, neumann, random_neumann
 from bilevel_jax.optimisers import value_at
 from bilevel_jax.oracles import mean_loss
 from bilevel_jax.samplers import Draws, take_draw
 from bilevel_jax.stages import solve_aux
 from bilevel_jax.sweep import sweep
-from bilevel_jax.trees import scaled
+from bilevel_jax.trees import narrow, scaled, widen, widest
 from bilevel_jax.types import Array, Batch, Calls, Cost, Levels, Loss, Problem, PyTree, Schedule, Solver, Stage, Vars
 
 
@@ -142,7 +142,7 @@ def fed_inn(g: ClientLoss, rate: Schedule, *, rounds: int, steps: int, corrected
 
             return _local_steps(z, eta, same(0), own, same if corrected else None, steps), None
 
-        z, _ = lax.scan(turn, vars.inner, jnp.arange(rounds, dtype=jnp.int32))
+        z, _ = scan(turn, vars.inner, jnp.arange(rounds, dtype=jnp.int32))
         return vars._replace(inner=z), state
 
     gradients = rounds * (2 * steps - 1 if corrected else steps)
@@ -226,7 +226,16 @@ def _of_client(loss: Loss, name: str) -> ClientLoss:
 
 def _one_a_client(loss: ClientLoss) -> Loss:
     """One value a client, the mean of which is the loss of all of them."""
-    return lambda z, x, shares: jax.vmap(lambda share: loss(z, x, share))(shares)
+
+    def values(z: PyTree, x: PyTree, shares: Share) -> Array:
+        clients = jax.tree.leaves(shares)[0].shape[0]
+        # The derivative is a sum over the clients, in the dtype of what they share: a narrow leaf is copied from a wide one.
+        axes = jax.tree.map(lambda leaf: None if leaf.dtype == widest(leaf) else 0, (z, x))
+        wide = jax.tree.map(lambda leaf: jnp.broadcast_to(widen(leaf), (clients, *leaf.shape)), (z, x))
+        own = jax.tree.map(lambda leaf, copy: leaf if leaf.dtype == copy.dtype else copy.astype(leaf.dtype), (z, x), wide)
+        return jax.vmap(loss, in_axes=(*axes, 0))(*own, shares)
+
+    return values
 
 
 def _by_clients(stage: Stage) -> Stage:
@@ -296,15 +305,16 @@ def _local_steps(
             along ``own - same + mean of slopes``.  Without ``same`` every client follows its own.
     """
     # At the start own and same cancel, whatever the sample, so that the first step takes no gradients but those given.
-    lead = slopes if same is None else jax.tree.map(lambda s: jnp.broadcast_to(s.mean(0), s.shape), slopes)
+    wide = widen(slopes)
+    lead = wide if same is None else jax.tree.map(lambda s: jnp.broadcast_to(s.mean(0), s.shape), wide)
 
     def move(here: PyTree, way: PyTree) -> PyTree:
         return jax.tree.map(jnp.subtract, here, scaled(rate, way))
 
     def body(here: PyTree, k: Array) -> tuple[PyTree, None]:
-        way = own(here, k)
-        return move(here, way if same is None else jax.tree.map(lambda a, b, c: a - b + c, way, same(k), lead)), None
+        way = widen(own(narrow(here, slopes), k))
+        return move(here, way if same is None else jax.tree.map(lambda a, b, c: a - b + c, way, widen(same(k)), lead)), None
 
-    here = move(jax.tree.map(lambda a, b: jnp.broadcast_to(a, b.shape), start, lead), lead)
-    here, _ = lax.scan(body, here, jnp.arange(1, steps, dtype=jnp.int32))
-    return jax.tree.map(lambda leaf: leaf.mean(0), here)
+    here = move(jax.tree.map(lambda a, b: jnp.broadcast_to(a, b.shape), widen(start), lead), lead)
+    here, _ = scan(body, here, jnp.arange(1, steps, dtype=jnp.int32))
+    return narrow(jax.tree.map(lambda leaf: leaf.mean(0), here), start)

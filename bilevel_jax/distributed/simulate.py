@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from bilevel_jax import checks
+from bilevel_jax.control_flow import cond, scan
 from bilevel_jax.distributed import adbo
 from bilevel_jax.distributed.adbo import Adbo, Master, Worker
 from bilevel_jax.distributed.clock import Clock
@@ -243,11 +243,9 @@ def simulate(
 
         def one(_: None, i: Array) -> tuple[None, tuple[Array, Array]]:
             idle = held.outer[i], held.inner[i]
-            return None, lax.cond(
-                answered[i], lambda: step(*jax.tree.map(lambda leaf: leaf[i], (held, data, keys))), lambda: idle
-            )
+            return None, cond(answered[i], lambda: step(*jax.tree.map(lambda leaf: leaf[i], (held, data, keys))), lambda: idle)
 
-        outer, inner = jax.vmap(step)(held, data, keys) if kind == "vmap" else lax.scan(one, None, jnp.arange(N))[1]
+        outer, inner = jax.vmap(step)(held, data, keys) if kind == "vmap" else scan(one, None, jnp.arange(N))[1]
         return adbo.record(master, outer, inner, answered)
 
     def iterate(master: Master, event: tuple[Array, Array, Array]) -> tuple[Master, None]:
@@ -257,7 +255,7 @@ def simulate(
 
     def row(master: Master, seconds: Array) -> dict[str, Array]:
         apart, found = adbo.disagreement(master), method.vars(master)
-        fine = all_finite((found, apart)) & ~jnp.isnan(master.inner_gap)  # infinite before the first cut
+        fine = all_finite((found, apart)) & ~jnp.isnan(master.inner_gap)
         code = jnp.where(fine, jnp.int32(Result.SUCCESSFUL), jnp.int32(Result.NONFINITE))
         known = {"step": master.step, "seconds": seconds, "inner_gap": master.inner_gap, "cuts": master.cuts.live.sum()}
         known |= {"made": master.made, "refused": master.refused, "inner_apart": apart.inner, "outer_apart": apart.outer}
@@ -266,7 +264,7 @@ def simulate(
     def one_period(with_cut: bool) -> Callable[..., tuple[Master, dict[str, Array]]]:
         def body(master: Master, events: tuple) -> tuple[Master, dict[str, Array]]:
             each, drained, present, seconds = events
-            master, _ = lax.scan(iterate, master, each)
+            master, _ = scan(iterate, master, each)
             if with_cut:
                 master = answer(master, drained)._replace(alive=present)
                 master = method.cut(master, *adbo.rounds(method, master, jax.vmap(draw)(data, keys, jnp.full(N, master.step))))
@@ -280,8 +278,8 @@ def simulate(
     with_cut = min(P, max(0, (method.last_cut - 1) // period))  # cuts come after iterations below the last one
     master = method.init(workers)
     first = jax.tree.map(lambda leaf: leaf[None], row(master, jnp.zeros((), method.dtype)))
-    master, early = lax.scan(one_period(True), master, jax.tree.map(lambda leaf: leaf[:with_cut], events))
-    master, late = lax.scan(one_period(False), master, jax.tree.map(lambda leaf: leaf[with_cut:], events))
+    master, early = scan(one_period(True), master, jax.tree.map(lambda leaf: leaf[:with_cut], events))
+    master, late = scan(one_period(False), master, jax.tree.map(lambda leaf: leaf[with_cut:], events))
     return master, jax.tree.map(lambda *parts: jnp.concatenate(parts), first, early, late)
 
 

@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from bilevel_jax import checks
 from bilevel_jax.linear_solve import heavy_ball
+from bilevel_jax.optimisers import in_float32
 from bilevel_jax.oracles import implicit
 from bilevel_jax.stages import assign, solve_aux
 from bilevel_jax.sweep import descend, sweep
@@ -63,7 +64,7 @@ def accbio(
     """
     _constants("smoothness", smoothness, "strong_convexity", strong_convexity)
     _constants("outer_smoothness", outer_smoothness, "outer_strong_convexity", outer_strong_convexity)
-    outer = optax.sgd(1 / outer_smoothness, _nesterov(outer_smoothness / outer_strong_convexity), nesterov=True)
+    outer = _nesterov(outer_smoothness, outer_strong_convexity)
     loops = _accelerated_loops(problem, smoothness, strong_convexity, inner_steps, aux_steps, accuracy, warm)
     return sweep(*loops, descend(implicit(problem), Vars(outer=outer)))
 
@@ -97,12 +98,12 @@ def accbio_bg(
     _constants("smoothness", smoothness, "strong_convexity", strong_convexity)
     _constants("outer_smoothness", outer_smoothness, "outer_strong_convexity", outer_strong_convexity)
     loops = _accelerated_loops(problem, smoothness, strong_convexity, inner_steps, aux_steps, accuracy, warm)
-    outer = _three_sequences(outer_smoothness, outer_strong_convexity)
+    outer = in_float32(_three_sequences(outer_smoothness, outer_strong_convexity))
     return sweep(*loops, descend(implicit(problem), Vars(outer=outer)))
 
 
 class ThreeSequencesState(NamedTuple):
-    """What the outer steps of `accbio_bg` keep beside y, both shaped like it."""
+    """What the outer steps of `accbio_bg` keep beside y, both shaped like it, in float32 at least."""
 
     x: PyTree
     w: PyTree
@@ -128,7 +129,7 @@ def _accelerated_loops(
     if not 0 < accuracy < 1:
         raise ValueError(f"accuracy: got {accuracy}, expected a number between 0 and 1")
     default = max(1, math.ceil(math.sqrt(L / mu) * math.log(1 / accuracy)))
-    inner = optax.sgd(1 / L, _nesterov(L / mu), nesterov=True)
+    inner = _nesterov(L, mu)
     steps = default if inner_steps is None else checks.positive_int("inner_steps", inner_steps)
     aux_steps = default if aux_steps is None else checks.positive_int("aux_steps", aux_steps)
     ball = heavy_ball(steps=aux_steps, smoothness=L, strong_convexity=mu)
@@ -140,8 +141,9 @@ def _accelerated_loops(
     )
 
 
-def _nesterov(condition: float) -> float:
-    return (math.sqrt(condition) - 1) / (math.sqrt(condition) + 1)
+def _nesterov(L: float, mu: float) -> optax.GradientTransformation:
+    root = math.sqrt(L / mu)
+    return in_float32(optax.sgd(1 / L, (root - 1) / (root + 1), nesterov=True))
 
 
 def _constants(large: str, L: float, small: str, mu: float) -> None:

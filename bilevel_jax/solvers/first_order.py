@@ -17,6 +17,7 @@ from bilevel_jax.projections import term_of
 from bilevel_jax.solvers.steps import three, two
 from bilevel_jax.stages import assign
 from bilevel_jax.sweep import descend, same, sweep
+from bilevel_jax.trees import narrow, widen
 from bilevel_jax.types import Array, Problem, PyTree, Schedule, Solver, Vars
 from bilevel_jax.value_oracles import barrier, differences, interior, moreau, penalty, quadratic, stencil, value_function
 
@@ -203,7 +204,7 @@ def f2sa_p(problem: Problem, opts: Vars, *, multiplier: Schedule = 100.0, order:
 
     def interpolate(vars: Vars) -> Vars:
         mean = lambda leaf: jnp.tensordot(jnp.asarray(at_zero, leaf.dtype), leaf, 1)  # noqa: E731
-        return vars._replace(inner=jax.tree.map(mean, vars.aux))
+        return vars._replace(inner=narrow(jax.tree.map(mean, widen(vars.aux)), vars.aux))
 
     def copies(z: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: jnp.stack([leaf] * len(at_zero)), z)

@@ -9,19 +9,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel_jax import checks
-from bilevel_jax.estimators import narrow, on_full, storm, total, widen
+from bilevel_jax.control_flow import cond, scan
+from bilevel_jax.estimators import on_full, storm, total
 from bilevel_jax.linear_solve import neumann, random_neumann
-from bilevel_jax.optimisers import moved, value_at
+from bilevel_jax.optimisers import moved, weight_at
 from bilevel_jax.oracles import aid, aid_terms, losses
 from bilevel_jax.results import Status, Tally, keep, tally
 from bilevel_jax.samplers import take_draw, take_window
 from bilevel_jax.solvers.steps import two
 from bilevel_jax.sweep import descend, sweep
-from bilevel_jax.trees import widest
+from bilevel_jax.trees import narrow, widen, widest
 from bilevel_jax.types import Array, Batch, Calls, Cost, Problem, PyTree, Schedule, Solver, Stage, Vars
 
 
@@ -136,7 +136,7 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
 
     def at(z: PyTree, x: PyTree, draw: Callable[[Any], Batch]) -> tuple[Vars, Array]:
         parts, code = terms_at(Vars(z, None, x), draw)
-        return widen(total(parts)), code  # sums of differences: see `bilevel_jax.estimators.widen`
+        return widen(total(parts)), code  # sums of differences: see `bilevel_jax.trees.widen`
 
     def init(vars: Vars, batches: Batch) -> VrboState:
         if batches.outer is None:
@@ -151,7 +151,7 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
     def update(state: VrboState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, VrboState]:
         z, v, x = vars
         everything = on_full(take_draw(batches, 0), "vrbo")
-        held, code = lax.cond(
+        held, code = cond(
             step % period == 0, lambda: at(z, x, lambda k: everything), lambda: (state.direction, state.status.code)
         )
         new_x, outer = moved(opts.outer, narrow(held.outer, x), state.opts.outer, x, x)
@@ -166,7 +166,7 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
             return (next_z, z, new_x, held, opt, jnp.stack([code, new_code, old_code]).max()), None
 
         carry = (z, z, x, held, state.opts.inner, jnp.maximum(code, state.status.code))
-        (z, _, _, held, opt, code), _ = lax.scan(inner, carry, jnp.arange(inner_steps + 1, dtype=jnp.int32))
+        (z, _, _, held, opt, code), _ = scan(inner, carry, jnp.arange(inner_steps + 1, dtype=jnp.int32))
         return Vars(z, v, new_x), VrboState(held, Vars(inner=opt, outer=outer), Status(code))
 
     each = Calls(1.0, solver.applications, 1.0, 1.0)
@@ -241,8 +241,7 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
     def update(state: StableState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, StableState]:
         z, _, x = vars
         draw = take_draw(batches, 0)
-        weight = jnp.where(step == 0, 1.0, value_at(tau, step))
-        rest = 1 - jnp.clip(weight, 0.0, 1.0)
+        rest = 1 - jnp.where(step == 0, 1.0, weight_at(tau, step))
         new, old = matrices(z, x, draw), matrices(state.old.inner, state.old.outer, draw)
         held = (state.hessian, state.cross)
         hessian, cross = (n + rest.astype(n.dtype) * (h - o) for n, o, h in zip(new, old, held, strict=True))

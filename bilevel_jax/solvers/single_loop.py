@@ -11,6 +11,7 @@ import optax
 
 from bilevel_jax import checks
 from bilevel_jax.estimators import page, saga, sarah, storm
+from bilevel_jax.optimisers import moving_average
 from bilevel_jax.oracles import aggregated, implicit
 from bilevel_jax.solvers.steps import three
 from bilevel_jax.sweep import descend, sweep
@@ -57,12 +58,13 @@ def ma_soba(problem: Problem, opts: Vars, *, theta: Schedule = 0.1, oracle: Make
 
     Args:
         problem, opts, oracle: as for `soba`.  Paper: steps ~ t^-1/2.
-        theta: weight of the new direction, in (0, 1], or a schedule; the paper ties it to the step, theta ~ c_t.
+        theta: weight of the new direction, in (0, 1], or a schedule, clipped to [0, 1]; the paper ties it to the step,
+            theta ~ c_t.
 
     Raises:
         TypeError, ValueError: for a missing optimiser, and theta outside [0, 1].
 
-    Cost of an update: as `soba`.  Memory: one more vector like x.
+    Cost of an update: as `soba`.  Memory: one more vector like x, in float32 at least.
 
     Reference: Chen, Xiao, Balasubramanian, "Optimal algorithms for stochastic bilevel optimization under relaxed smoothness
     conditions", JMLR 2024, arXiv 2306.12067.
@@ -75,11 +77,7 @@ def ma_soba(problem: Problem, opts: Vars, *, theta: Schedule = 0.1, oracle: Make
     """
     checks.unit_interval("theta", theta)
     opts = three(opts)
-    if callable(theta):
-        average = optax.inject_hyperparams(optax.ema, static_args="debias")(lambda t: 1 - theta(t), debias=False)
-    else:
-        average = optax.ema(1 - theta, debias=False)
-    return sweep(descend(oracle(problem), opts._replace(outer=optax.chain(average, opts.outer))))
+    return sweep(descend(oracle(problem), opts._replace(outer=optax.chain(moving_average(theta), opts.outer))))
 
 
 def saba(problem: Problem, opts: Vars, *, oracle: MakeOracle = implicit) -> Solver:
@@ -223,7 +221,7 @@ def sl_bamm(problem: Problem, opts: Vars, *, weight: Schedule = lambda t: 0.1 * 
 
     Args:
         problem, opts: as for `soba`.  Paper: all three steps fall with the weight; `default_opts` makes constant ones.
-        weight: mu_t in [0, 1], a number or a schedule; paper: falling like (t + 1)^-e.
+        weight: mu_t in [0, 1], a number or a schedule, clipped to [0, 1]; paper: falling like (t + 1)^-e.
 
     Raises:
         TypeError, ValueError: for a missing optimiser and a weight outside [0, 1].

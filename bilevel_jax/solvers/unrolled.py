@@ -125,7 +125,8 @@ def bda(
         problem: inner and outer loss.
         opts: optax transformations of z and x; aux None.
         inner_steps: D.
-        weight: mu of inner step k = 0, 1, ..., a number in [0, 1] or a schedule that falls to 0; paper: ~ 1 / (k + 1).
+        weight: mu of inner step k = 0, 1, ..., a number in [0, 1] or a schedule that falls to 0, clipped to [0, 1]; paper:
+            ~ 1 / (k + 1).
         fresh: whether every inner step takes a draw of its own; the paper's method is deterministic.
 
     Returns:
