@@ -64,7 +64,7 @@ ROWS = Levels(7, 5)
 def data() -> Levels:
     random = np.random.default_rng(0)
 
-    def rows(count: int) -> dict[str, Array]:
+    def rows(count: int) -> dict[str, np.ndarray]:
         features = random.normal(size=(count, 2))
         label = (features @ [1.0, -0.5] + 0.7 * random.normal(size=count) > 0).astype(np.int32)
         return {"features": features, "label": label, "count": random.poisson(2, count).astype(np.int32)}
