@@ -128,7 +128,7 @@ def saga() -> Estimator:
     Cost: one oracle call an update.  Memory: one direction per block and level, and three directions more a level.
 
     Reference: Defazio, Bach, Lacoste-Julien, "SAGA", 2014, arXiv 1407.0202; for the three directions of a bilevel problem
-    Dagréou, Ablin, Vaiter, Moreau, 2022, arXiv 2201.13409, equation (3.3).
+    Dagréou, Ablin, Vaiter, Moreau, 2022, arXiv 2201.13409 (SABA).
     """
 
     def slots(terms: Terms, batch: Batch) -> list[Slot | None]:

@@ -111,7 +111,7 @@ def implicit(solver: LinearSolver | None = None, *, tolerance: float | None = No
     Hessian-vector products.
 
     Reference: Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced design", ICML 2021, arXiv
-    2010.07962, equations (2)-(3); Pedregosa, "Hyperparameter optimization with approximate gradient", 2016, arXiv
+    2010.07962; Pedregosa, "Hyperparameter optimization with approximate gradient", 2016, arXiv
     1602.02355.  The sign of v is the opposite of theirs.
     """
     solver = usable(solver, True, tolerance)
@@ -150,7 +150,7 @@ def iterative(
 
     Cost: D inner gradients, D Hessian-vector and D cross products, one outer gradient pair.
 
-    Reference: Ji, Yang, Liang, ICML 2021, arXiv 2010.07962, Algorithm 1 (ITD-BiO); truncation: Shaban, Cheng, Hatch, Boots,
+    Reference: Ji, Yang, Liang, ICML 2021, arXiv 2010.07962 (ITD-BiO); truncation: Shaban, Cheng, Hatch, Boots,
     "Truncated back-propagation for bilevel optimization", 2019, arXiv 1810.10667.
     """
     return _along_a_path(path(opt, steps, truncate=truncate, checkpoint=checkpoint), reverse, steps)

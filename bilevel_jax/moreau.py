@@ -62,7 +62,7 @@ def envelope(
     Cost: one inner gradient a step, two inner values.
 
     Reference: Liu, Liu, Yao, Zeng, Zhang, "Moreau envelope for nonconvex bi-level optimization: a single-loop and Hessian-free
-    solution strategy", ICML 2024, arXiv 2405.09927, section 2.
+    solution strategy", ICML 2024, arXiv 2405.09927.
 
     Example:
         >>> problem = Problem(lambda z, x, a: 0.5 * ((z - x) ** 2).sum(), lambda z, x, b: 0.0 * z.sum())

@@ -41,7 +41,7 @@ def neumann(*, terms: int, rate: Any, fresh: bool = False, batches: tuple[int, .
 
     Cost: ``terms`` applications, or ``sum(batches)``.
 
-    Reference: Ji, Yang, Liang, 2021, arXiv 2010.07962, Algorithm 3.
+    Reference: Ji, Yang, Liang, 2021, arXiv 2010.07962 (stocBiO).
 
     Example:
         >>> u, stats = neumann(terms=2, rate=0.5).solve(lambda u: u, jnp.ones(1))
@@ -127,7 +127,8 @@ def random_neumann(*, terms: int, rate: Any, fresh: bool = False) -> LinearSolve
 
     Cost: p applications, (terms - 1) / 2 on average; under `jax.vmap` over keys terms - 1.
 
-    Reference: Ghadimi, Wang, "Approximation methods for bilevel programming", 2018, arXiv 1802.02246, Algorithm 3.
+    Reference: Ghadimi, Wang, "Approximation methods for bilevel programming", 2018, arXiv 1802.02246, its estimate of the
+    inverse Hessian.
 
     Example:
         >>> solver = random_neumann(terms=2, rate=0.5)

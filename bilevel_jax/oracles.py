@@ -78,7 +78,7 @@ def implicit(problem: Problem, *, mode: str = "reverse") -> Oracle:
     Cost: one inner gradient, one Hessian-vector product, one cross product and one outer gradient pair a call.
 
     Reference: Dagréou, Ablin, Vaiter, Moreau, "A framework for bilevel optimization that enables stochastic and global
-    variance reduction algorithms", 2022, arXiv 2201.13409, equation (2.2) and its directions.
+    variance reduction algorithms", 2022, arXiv 2201.13409.
 
     Example:
         >>> import jax.numpy as jnp
@@ -299,8 +299,8 @@ def aid(problem: Problem, solver: LinearSolver) -> Oracle:
 
     Cost: one inner gradient, one outer gradient pair, one cross product, and the applications of the solver.
 
-    Reference: Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced design", ICML 2021, arXiv 2010.07962,
-    Algorithms 2 and 3.
+    Reference: Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced design", ICML 2021, arXiv 2010.07962
+    (stocBiO).
 
     Example:
         >>> from bilevel_jax.linear_solve import neumann

@@ -73,6 +73,8 @@ def solve_inner(
         tolerance: if given, stop as soon as ``|d_z g|`` is at most this; a number or a schedule of the sweep.  Where the
             optimiser projects or takes a prox, d_z g is not 0 at the solution: leave it out.  Not differentiable.
 
+    Not reverse-differentiable: the steps are those of a `jax.lax.while_loop`.  Forward mode works.
+
     Returns:
         A stage of one draw.  Codes: INNER_NOT_CONVERGED (the steps ran out above the tolerance), DIVERGED (an iterate that is
         not finite; z stays at the last finite one).

@@ -177,7 +177,7 @@ def barrier(problem: Problem, *, eta: float = 0.5, control: str = "gradient") ->
     Cost: two inner gradients and one outer pair.
 
     Reference: Liu, Ye, Wright, Stone, Liu, "BOME! Bilevel optimization made easy: a simple first-order approach", NeurIPS 2022,
-    arXiv 2209.08709, equations (4)-(6).
+    arXiv 2209.08709.
 
     Example:
         >>> problem = Problem(lambda z, x, a: 0.5 * ((z - x) ** 2).sum(), lambda z, x, b: 0.5 * (z**2).sum())

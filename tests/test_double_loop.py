@@ -28,6 +28,7 @@ from bilevel_jax import (
 )
 from bilevel_jax.linear_solve import cg, heavy_ball, neumann, random_neumann, richardson
 from bilevel_jax.oracles import aid
+from bilevel_jax.solvers.steps import DECAYS
 from bilevel_jax.testing import dense_spectrum
 from tests import references
 from tests.checks import check_same, lengths, rows_of
@@ -499,8 +500,9 @@ def test_truncation_moves_the_point_where_a_solver_stops(name):
 
 # ---- step sizes -------------------------------------------------------------------------------------------------------
 
-#: name -> the exponents of z and x.
+#: name -> the exponents of z (and of ``vars.aux``, where the solver steps it) and x.
 EXPONENTS = {
+    "f2sa": (4 / 7, 5 / 7),
     "ttsa": (2 / 5, 3 / 5),
     "bsa": (1 / 2, 1 / 2),
     "stable": (1 / 2, 1 / 2),
@@ -515,10 +517,14 @@ EXPONENTS = {
 
 @pytest.mark.parametrize("name", EXPONENTS)
 def test_default_steps_are_those_of_the_papers(name):
-    opts = solvers.default_opts(getattr(solvers, name), 0.2, outer=0.1)
-    assert opts.aux is None
+    aux = 0.3 if DECAYS[name].aux else None
+    opts = solvers.default_opts(getattr(solvers, name), 0.2, aux, 0.1)
+    assert (opts.aux is None) == (aux is None)
     one: Callable[..., Any] = jnp.float64
-    for opt, rate, exponent in zip((opts.inner, opts.outer), (0.2, 0.1), EXPONENTS[name], strict=True):
+    inner, outer = EXPONENTS[name]
+    for opt, rate, exponent in zip(opts, (0.2, aux, 0.1), (inner, inner, outer), strict=True):
+        if opt is None or rate is None:
+            continue
         state = opt.init(one(0.0))
         with jax.numpy_dtype_promotion("standard"):
             for t in range(3):

@@ -53,7 +53,7 @@ def accbio(
     Cost of an update: N inner gradients, M + 1 Hessian-vector products, one cross product, two outer gradient pairs.
 
     Reference: Ji, Liang, "Lower bounds and accelerated algorithms for bilevel optimization", JMLR 24(22), 2023, arXiv
-    2102.03926, Algorithm 1.
+    2102.03926.
 
     Example:
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
@@ -88,7 +88,7 @@ def accbio_bg(
 
     Args, Raises, Cost: as for `accbio`.
 
-    Reference: Ji, Liang, JMLR 24(22), 2023, arXiv 2102.03926, Algorithm 2, with the weights of strongly convex h.
+    Reference: Ji, Liang, JMLR 24(22), 2023, arXiv 2102.03926, with the weights of strongly convex h.
 
     Example:
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())

@@ -36,8 +36,8 @@ def aid_bio(
     Cost of an update: D inner gradients, the applications of the solver (13 at most by default), one cross product, two outer
     gradient pairs.
 
-    Reference: Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced design", ICML 2021, arXiv 2010.07962,
-    Algorithm 1.
+    Reference: Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced design", ICML 2021, arXiv 2010.07962
+    (AID-BiO).
 
     Example:
         >>> import jax, optax
@@ -70,16 +70,20 @@ def ba(
 
     Args:
         problem, opts: as for `aid_bio`.
-        inner_steps: number of inner steps of sweep t, rounded up; paper, for nonconvex h: (t + 1)^1/4.
+        inner_steps: number of inner steps of sweep t, rounded up.  The default grows like that of the paper for nonconvex h.
+            (Recalled, not checked against the text: (t + 1)^1/4 / 2 for nonconvex h, (t + 1)^1/2 / 2 for convex h.)
         linear_solver: by default conjugate gradients to a relative residual of the root of the machine epsilon.
 
     Raises:
         TypeError, ValueError: as for `aid_bio`.
 
-    Cost of an update: that many inner gradients (counted as they go: see `bilevel_jax.results.spent`), the applications of
+    Cost of an update: that many inner gradients (the state counts them: see `bilevel_jax.results.spent`), the applications of
     the solver, one cross product, two outer gradient pairs.
 
-    Reference: Ghadimi, Wang, "Approximation methods for bilevel programming", 2018, arXiv 1802.02246, Algorithm 1.
+    Not reverse-differentiable: the number of inner steps is that of a `jax.lax.while_loop`.  Forward mode works.
+
+    Reference: Ghadimi, Wang, "Approximation methods for bilevel programming", 2018, arXiv 1802.02246, the first of its
+    methods, without acceleration or noise.
 
     Example:
         >>> import optax
@@ -118,6 +122,8 @@ def hoag(
     Cost of an update: as many inner gradients and Hessian-vector products as the tolerance takes (declared: the most;
     counted in the state), one cross product, two outer gradient pairs.
 
+    Not reverse-differentiable: the number of inner steps is that of a `jax.lax.while_loop`.  Forward mode works.
+
     Reference: Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016, arXiv 1602.02355.
 
     Example:
@@ -150,7 +156,7 @@ def bsa(problem: Problem, opts: Vars, *, rate: Schedule, inner_steps: int = 10, 
     Cost of an update: ``inner_steps`` inner gradients, (terms - 1) / 2 Hessian-vector products on average, one cross product,
     two outer gradient pairs.
 
-    Reference: Ghadimi, Wang, "Approximation methods for bilevel programming", 2018, arXiv 1802.02246, Algorithms 2 and 3.
+    Reference: Ghadimi, Wang, "Approximation methods for bilevel programming", 2018, arXiv 1802.02246, its stochastic method.
     Public code moves x before z; here z first, as in the paper.
 
     Example:
@@ -213,8 +219,8 @@ def stocbio(
     Cost of an update: D inner gradients, ``terms`` Hessian-vector products (or the sum of ``batches``), one cross product,
     two outer gradient pairs.
 
-    Reference: Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced design", ICML 2021, arXiv 2010.07962,
-    Algorithms 2 and 3.  The sum has all its terms and its factor, and every factor its own batch; public code of the authors
+    Reference: Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced design", ICML 2021, arXiv 2010.07962
+    (stocBiO).  The sum has all its terms and its factor, and every factor its own batch; public code of the authors
     has neither.  Deviation: d_x f is taken on the sample of the cross product, not on that of d_z f.
 
     Example:

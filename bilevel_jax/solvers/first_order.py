@@ -63,7 +63,7 @@ def meha(
     Cost of an update: four inner gradients and two outer gradient pairs.
 
     Reference: Liu, Liu, Yao, Zeng, Zhang, "Moreau envelope for nonconvex bi-level optimization: a single-loop and Hessian-free
-    solution strategy", ICML 2024, arXiv 2405.09927, Algorithm 1.  The paper is deterministic; here each of the three steps
+    solution strategy", ICML 2024, arXiv 2405.09927.  The paper is deterministic; here each of the three steps
     takes a draw of its own.  The authors' public code multiplies f by c_k instead, among other differences: not followed.
 
     Example:
@@ -110,8 +110,9 @@ def f2sa(
 
     Args:
         problem: inner and outer loss.
-        opts: optax transformations of z, y and x.  Paper: steps a (y), a' (z) and c (x) ~ k^-5/7, k^-4/7 and k^-4/7; here the
-            direction of y is the paper's over lam ~ k^1/7, so that all three are ~ k^-4/7, and those of z and y at most 1/L.
+        opts: optax transformations of z, y and x.  Paper, with noise in both levels: steps ~ k^-5/7 for y and x, ~ k^-4/7 for
+            z, and lam ~ k^1/7.  The direction of y is here the paper's over lam, so that its step is ~ k^-4/7, like that of z;
+            both are at most 1/L.  Deviation of the public benchmark: its step of x is ~ k^-4/7.
         multiplier: lam, a number or a schedule of the update.  The bias is O(1 / lam); log10(lam) digits are lost.
         inner_steps: T, each on a draw of its own.
 
@@ -121,7 +122,8 @@ def f2sa(
     Cost of an update: 2 T + 2 inner gradients and T + 1 outer gradient pairs.
 
     Reference: Kwon, Kwon, Wright, Nowak, "A fully first-order method for stochastic bilevel optimization", ICML 2023, arXiv
-    2301.10945, Algorithm 1.  Their F3SA is a sweep of the same two stages with ``estimator=storm(...)``.
+    2301.10945, Algorithm 1.  Their F3SA is a sweep of the same two stages with ``estimator=storm(...)``.  The exponents
+    agree with the rate in the abstract, a squared gradient of K^-2/7; they were not checked against the theorem.
 
     Example:
         >>> import optax
@@ -148,7 +150,7 @@ def f2ba(problem: Problem, opts: Vars, *, multiplier: float = 100.0, inner_steps
     Cost of an update: as `f2sa`.
 
     Reference: Chen, Ma, Zhang, "Near-optimal nonconvex-strongly-convex bilevel optimization with fully first-order oracles",
-    JMLR 2025, arXiv 2306.14853, Algorithm 1.
+    JMLR 2025, arXiv 2306.14853.
 
     Example:
         >>> import optax

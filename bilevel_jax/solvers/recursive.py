@@ -48,8 +48,7 @@ def mrbo(
 
     Cost of an update: two inner gradients, 2 ``terms`` Hessian-vector products, two cross products, two outer gradient pairs.
 
-    Reference: Yang, Ji, Liang, "Provably faster algorithms for bilevel optimization", NeurIPS 2021, arXiv 2106.04692,
-    Algorithm 1.
+    Reference: Yang, Ji, Liang, "Provably faster algorithms for bilevel optimization", NeurIPS 2021, arXiv 2106.04692.
 
     Example:
         >>> import optax
@@ -70,6 +69,9 @@ def sustain(
     eta: Schedule = lambda t: (t + 1.0) ** (-2 / 3),
 ) -> Solver:
     """SUSTAIN: `mrbo` with the randomly truncated Neumann product; both points of a correction share its length.
+
+    Deviations: as in `mrbo`, one momentum weight eta for both estimates, where the paper has one for z and one for x, and one
+    inner sample for ``d_z g`` and the cross product.
 
     Args, Raises: as for `mrbo`.
 
@@ -120,8 +122,7 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
     Cost of an update: ``inner_steps + 1`` times two of `mrbo`'s plain estimates, and one on the full data in every
     ``period``-th.
 
-    Reference: Yang, Ji, Liang, "Provably faster algorithms for bilevel optimization", NeurIPS 2021, arXiv 2106.04692,
-    Algorithm 2.
+    Reference: Yang, Ji, Liang, "Provably faster algorithms for bilevel optimization", NeurIPS 2021, arXiv 2106.04692.
 
     Example:
         >>> import optax

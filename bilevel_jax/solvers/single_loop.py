@@ -92,7 +92,7 @@ def saba(problem: Problem, opts: Vars, *, oracle: MakeOracle = implicit) -> Solv
     Cost of an update: as `soba`.  Memory: ``n_b (2 p + d) + m_b (p + d)`` floats for n_b inner and m_b outer blocks, p and
     d the sizes of z and x.
 
-    Reference: Dagréou, Ablin, Vaiter, Moreau, NeurIPS 2022, arXiv 2201.13409, equation (3.3).  Deviations: blocks instead
+    Reference: Dagréou, Ablin, Vaiter, Moreau, NeurIPS 2022, arXiv 2201.13409.  Deviations: blocks instead
     of single samples, and the weight of a ragged last block, which the public code gets wrong, is exact here.
 
     Example:
@@ -120,6 +120,10 @@ def srba(problem: Problem, opts: Vars, *, period: int, oracle: MakeOracle = impl
 
     Cost of an update: two of `soba`'s, and a full pass in every ``period``-th instead.
 
+    Deviation: the theory projects v on a ball that holds v* (recalled, not checked against the text; the public code does not
+    project).  For that, give v the optimiser ``optax.chain(optax.sgd(rate), project(ball(radius)))`` of
+    `bilevel_jax.projections` and `bilevel_jax.nonsmooth`.
+
     Reference: Dagréou, Moreau, Vaiter, Ablin, "A lower bound and a near-optimal algorithm for bilevel empirical risk
     minimization", AISTATS 2024, arXiv 2302.08766.
 
@@ -144,6 +148,8 @@ def spaba(problem: Problem, opts: Vars, *, probability: float, oracle: MakeOracl
 
     Cost of an update: with the given probability a full pass, otherwise two of `soba`'s.  Under `jax.vmap` over keys every
     update pays the full pass: loop over seeds with `jax.lax.map`.
+
+    Deviation: as in `srba`, v is not projected on a ball.
 
     Reference: Chu, Xu, Yao, Zhang, "SPABA: a single-loop and probabilistic stochastic bilevel algorithm achieving optimal
     sample complexity", ICML 2024, arXiv 2405.18777.

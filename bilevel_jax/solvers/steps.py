@@ -29,7 +29,7 @@ DECAYS = {
     "fsla": Decay(1 / 2, 1 / 2),
     "sl_bamm": Decay(0, 0),
     "meha": Decay(0, 0),
-    "f2sa": Decay(4 / 7, 4 / 7),
+    "f2sa": Decay(4 / 7, 5 / 7),
     "f2ba": Decay(0, 0),
     "f2sa_p": Decay(0, 0, aux=False),
     "bome": Decay(0, 0),
@@ -69,7 +69,8 @@ def default_opts(solver: Callable[..., Solver], inner: float, aux: float | None 
 
     Returns:
         ``Vars`` of `optax.sgd` with steps ~ t^-e: e = 0 for most, but 1/2 for SOBA, MA-SOBA, FSLA, BSA and STABLE, 1/3 for
-        STORM, MRBO, SUSTAIN and FdeHBO, 2/5 (z) and 3/5 (x) for TTSA, 4/7 for F2SA.
+        STORM, MRBO, SUSTAIN and FdeHBO, 2/5 (z) and 3/5 (x) for TTSA, 4/7 (z and y) and 5/7 (x)
+        for F2SA.
 
     Raises:
         TypeError, ValueError: for what is not one of those constructors, step sizes that are missing or not wanted, and those

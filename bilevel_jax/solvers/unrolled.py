@@ -35,8 +35,8 @@ def itd_bio(
     Cost of an update: D inner gradients, as many Hessian-vector and cross products as are differentiated, one outer gradient
     pair.
 
-    Reference: Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced design", ICML 2021, arXiv 2010.07962,
-    Algorithm 1.
+    Reference: Ji, Yang, Liang, "Bilevel optimization: convergence analysis and enhanced design", ICML 2021, arXiv 2010.07962
+    (ITD-BiO).
 
     Example:
         >>> import jax, optax
