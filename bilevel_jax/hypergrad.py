@@ -16,7 +16,7 @@ from jax import lax
 
 from bilevel_jax import checks, linear_solve
 from bilevel_jax.linear_solve import LinearSolver
-from bilevel_jax.optimisers import moved
+from bilevel_jax.optimisers import begin, moved
 from bilevel_jax.oracles import losses
 from bilevel_jax.results import Result, all_finite, keep
 from bilevel_jax.trees import norm
@@ -180,7 +180,11 @@ def _along_a_path(follow: "Follow", jacobian: "Jacobian", steps: int) -> Method:
     def method(loss: Losses, z: PyTree, x: PyTree, guess: PyTree, key: Any) -> tuple[Array, PyTree, Stats]:
         del guess
         gradient, start = jax.grad(loss.g), lax.stop_gradient(z)
-        last, pull = jacobian.at(lambda x: follow(lambda z, x, k: gradient(z, x), start, x), x, key)
+
+        def end(x: PyTree) -> PyTree:
+            return follow(lambda z, x, k: gradient(z, x), start, x, loss=lambda z, x, k: loss.g(z, x))
+
+        last, pull = jacobian.at(end, x, key)
         value, (fz, fx) = jax.value_and_grad(loss.f, argnums=(0, 1))(last, x)
         total = jax.tree.map(jnp.add, fx, pull(fz))
         residual = norm(gradient(last, x))
@@ -193,7 +197,8 @@ def _along_a_path(follow: "Follow", jacobian: "Jacobian", steps: int) -> Method:
 class Follow(Protocol):
     """The end of an inner path from z, differentiable in z and x, with ``gradient(z, x, k)`` the direction of step k.
 
-    With ``score(z, x)``, its worst iterate instead: that of the largest score after the first step.
+    With ``score(z, x)``, its worst iterate instead: that of the largest score after the first step.  ``loss(z, x, k)``, if it is
+    given, has ``gradient`` as its gradient in z, and is for optimisers that need its value.
     """
 
     def __call__(
@@ -202,6 +207,7 @@ class Follow(Protocol):
         z: PyTree,
         x: PyTree,
         score: Callable[[PyTree, PyTree], Array] | None = None,
+        loss: Callable[[PyTree, PyTree, Array], Array] | None = None,
     ) -> PyTree: ...
 
 
@@ -213,8 +219,18 @@ class Jacobian(NamedTuple):
     directions: int | None = None  # number of further paths that an estimate follows; None for the exact Jacobian
 
 
-def path(opt: optax.GradientTransformation, steps: int, *, truncate: int | None = None, checkpoint: str = "step") -> Follow:
-    """``steps`` steps of an optimiser, differentiable over the last ``truncate``; arguments as for `iterative`."""
+def path(
+    opt: optax.GradientTransformation,
+    steps: int,
+    *,
+    truncate: int | None = None,
+    checkpoint: str = "step",
+    name: str = "opt",
+) -> Follow:
+    """``steps`` steps of an optimiser, differentiable over the last ``truncate``; arguments as for `iterative`.
+
+    Errors call the optimiser by ``name``.
+    """
     steps = checks.positive_int("steps", steps)
     kept_steps = steps if truncate is None else checks.positive_int("truncate", truncate, least=0)
     if kept_steps > steps:
@@ -222,10 +238,11 @@ def path(opt: optax.GradientTransformation, steps: int, *, truncate: int | None 
     if checkpoint not in ("sqrt", "step", "none"):
         raise ValueError(f"checkpoint: got {checkpoint!r}, expected 'sqrt', 'step' or 'none'")
 
-    def follow(gradient: Any, z: PyTree, x: PyTree, score: Any = None) -> PyTree:
+    def follow(gradient: Any, z: PyTree, x: PyTree, score: Any = None, loss: Any = None) -> PyTree:
         def step(carry: Any, x: PyTree) -> Any:
             (z, state, k), kept = carry
-            z, state = moved(opt, gradient(z, x, k), state, z, x)
+            known = None if loss is None else lambda z: loss(z, x, k)
+            z, state = moved(opt, gradient(z, x, k), state, z, x, known)
             if score is not None:
                 worst, height = kept
                 new = score(z, x)
@@ -233,8 +250,8 @@ def path(opt: optax.GradientTransformation, steps: int, *, truncate: int | None 
                 kept = keep(higher, (z, new), (worst, height))
             return (z, state, k + 1), kept
 
-        with jax.numpy_dtype_promotion("standard"):
-            carry: Any = (z, opt.init(z), jnp.int32(0)), None
+        opt_state = begin(name, "inner", opt, z, x, loss=loss is not None, backward=kept_steps > 0)
+        carry: Any = (z, opt_state, jnp.int32(0)), None
         if score is not None:
             shape = jax.eval_shape(score, z, x)
             carry = carry[0], (z, jnp.full(shape.shape, -jnp.inf, shape.dtype))
