@@ -131,7 +131,8 @@ def iterative(
     """Iterative differentiation (ITD): back-propagate through ``steps`` inner steps from z, which is held constant.
 
     Args:
-        opt: inner optimiser, such as ``optax.sgd(rate)``.
+        opt: inner optimiser, such as ``optax.sgd(rate)``.  Give adam and its relatives an ``eps_root`` above 0, as
+            ``optax.adam(rate, eps_root=1e-8)``: without it the derivative is NaN where an entry of d_z g is 0.
         steps: inner steps D, at least 1.
         truncate: if given, differentiate only the last so many of them; with rate a and strong convexity mu the
             gradient is then biased by a factor (1 - a mu)^truncate.  0: first order, d_x f alone.
@@ -143,7 +144,8 @@ def iterative(
         inner loop, (1 - a mu)^D, shows in ``stats.inner_residual``.
 
     Raises:
-        TypeError, ValueError: for counts out of range, and another checkpoint.
+        TypeError, ValueError: for counts out of range, and another checkpoint; (when traced) for an optimiser that cannot move
+            z, or that has no derivative in reverse mode.
 
     Cost: D inner gradients, D Hessian-vector and D cross products, one outer gradient pair.
 

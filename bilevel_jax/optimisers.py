@@ -146,7 +146,8 @@ def _squares(value: PyTree) -> Array:
 
 def _step_of_two(opt: optax.GradientTransformation, value: PyTree, outer: PyTree) -> Any:
     pair = optax.LookaheadParams(value, value)
-    return opt.update(value, opt.init(pair), pair, **_accepted(opt.update, lambda: {"outer": outer}))
+    updates, _ = opt.update(value, opt.init(pair), pair, **_accepted(opt.update, lambda: {"outer": outer}))
+    return updates.fast
 
 
 def _traces(function: Callable[..., Any], *arguments: PyTree) -> bool:

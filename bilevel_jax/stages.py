@@ -68,7 +68,8 @@ def solve_inner(
 
     Args:
         problem: the two losses.
-        opt: optimiser of z, which starts anew, momentum and counts of schedules, in every sweep.
+        opt: optimiser of z, which starts anew, momentum and counts of schedules, in every sweep.  It may be one that needs the
+            value of the loss, such as `optax.lbfgs`.
         max_steps: number of steps, a positive int or a schedule of the sweep (rounded up, 1 at least).
         tolerance: if given, stop as soon as ``|d_z g|`` is at most this; a number or a schedule of the sweep.  Where the
             optimiser projects or takes a prox, d_z g is not 0 at the solution: leave it out.
@@ -78,9 +79,11 @@ def solve_inner(
         not finite; z stays at the last finite one).
 
     Raises:
-        TypeError, ValueError: for ``max_steps`` below 1, a negative tolerance, and anything but a ``Problem`` and an optimiser.
+        TypeError, ValueError: for ``max_steps`` below 1, a negative tolerance, and anything but a ``Problem`` and an optimiser;
+            (in ``init``) for an optimiser that cannot move z.
 
     Cost: at most ``max_steps`` inner gradients, and one more with a tolerance; inf if that is a schedule: they are counted.
+    What a line search evaluates is not.
 
     Example:
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
@@ -212,7 +215,8 @@ def unroll(
     Args:
         problem: the two losses.
         opts: optimisers of z and x, and of ``vars.aux`` where it moves, too: where the path starts from it.  That of z starts
-            anew, momentum and counts of schedules, in every sweep.
+            anew, momentum and counts of schedules, in every sweep.  Give adam and its relatives an ``eps_root`` above 0, as
+            ``optax.adam(rate, eps_root=1e-8)``: without it the derivative is NaN where an entry of the direction is 0.
         steps: inner steps.
         direction: an oracle whose direction of z the path follows, at ``step`` the number of the inner step; by default d_z g.
         start: where the path starts, a function of the variables; by default at z, which is not differentiated.
@@ -227,7 +231,8 @@ def unroll(
     Raises:
         TypeError, ValueError: for counts out of range, optimisers that are missing, and an optimiser of ``vars.aux`` on a path
             that is truncated, so that its start has no derivative; (in ``init``) for a first-order method on an outer loss that
-            does not depend on x, and for an optimiser of ``vars.aux`` on which the start does not depend.
+            does not depend on x, for an optimiser of ``vars.aux`` on which the start does not depend, and for optimisers that
+            cannot move their variable, or, for z, have no derivative in reverse mode.
 
     Cost: ``steps`` calls of the direction, as many Hessian-vector and cross products as are differentiated, one outer gradient
     pair (``steps`` more values of f if pessimistic, counted as pairs); with ``gaussian(directions, radius)`` (directions + 1)

@@ -60,7 +60,8 @@ def descend(
     Args:
         oracle: which direction.
         opts: optax transformations of the variables to move, None for the others.  Their schedules count applications: see
-            `per_sweep` when ``steps`` is more than 1.
+            `per_sweep` when ``steps`` is more than 1.  One that needs the value of a loss, such as a line search, works for z
+            if the oracle has an ``inner_loss`` and the estimator is `plain`.
         estimator: `bilevel_jax.estimators.plain` by default.
         steps: number of steps in a sweep.
         fresh: whether each step takes a draw of its own (as many as the oracle wants), or all take the same one.
@@ -72,7 +73,8 @@ def descend(
     Raises:
         TypeError, ValueError: for ``steps`` below 1, for anything but an ``Oracle`` and an ``Estimator``, for ``opts`` that is
             not a ``Vars`` with at least one transformation, and for a composite oracle under an estimator that needs means;
-            (when traced) if the oracle has no direction for a variable that moves.
+            (when traced) if the oracle has no direction for a variable that moves; (in ``init``) for an optimiser that cannot
+            move its variable.
 
     Example:
         >>> import jax.numpy as jnp, optax

@@ -57,7 +57,8 @@ def through_steps(
     Args:
         problem: the losses of one task.  Dropout and other randomness come in as keys among the data; batch statistics
             are those of the batch (train mode, no running averages), or leaves of x that the loss reads.
-        opt: inner optimiser, started anew for every task.
+        opt: inner optimiser, started anew for every task.  Give adam and its relatives an ``eps_root`` above 0, as
+            ``optax.adam(rate, eps_root=1e-8)``: without it the derivative is NaN where an entry of a gradient is 0.
         steps: inner steps N.
         start: where z starts, a function of the variables: ``vars.outer`` for MAML, a part of it for ANIL.
         first_order: whether the inner gradients count as constants: the derivative of z_N in its start is then the identity
