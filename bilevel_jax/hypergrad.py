@@ -199,8 +199,8 @@ def _along_a_path(follow: "Follow", jacobian: "Jacobian", steps: int) -> Method:
 class Follow(Protocol):
     """The end of an inner path from z, differentiable in z and x, with ``gradient(z, x, k)`` the direction of step k.
 
-    With ``score(z, x)``, its worst iterate instead: that of the largest score after the first step.  ``loss(z, x, k)``, if it is
-    given, has ``gradient`` as its gradient in z, and is for optimisers that need its value.
+    With ``score(z, x)``, its worst iterate instead: that of the largest score after the first step.  ``loss(z, x, k)``, if
+    given, has ``gradient`` as its gradient in z.  It is for optimisers that need its value.
     """
 
     def __call__(

@@ -1,11 +1,12 @@
 """Where optax is called.
 
-Under standard dtype promotion, because several of its parts (adam, debiased ema, cosine schedules) break under the strict
-promotion that the rest of this library keeps.
+Under standard promotion of dtypes and ranks, because several of its parts (adam, debiased ema, cosine schedules, DoG) break
+under the strict promotion that the rest of this library keeps.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -13,6 +14,12 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_jax.types import Array, PyTree, Schedule
+
+
+@contextmanager
+def _permissive() -> Iterator[None]:
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def begin(
@@ -65,7 +72,7 @@ def begin(
 
 def initial(opt: optax.GradientTransformation, value: PyTree) -> PyTree:
     """The state of an optimiser before its first step.  Its leaves are arrays that are not weakly typed."""
-    with jax.numpy_dtype_promotion("standard"):
+    with _permissive():
         return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), opt.init(value))
 
 
@@ -105,7 +112,7 @@ def moved(
     offers: list[Callable[[], dict[str, Any]]] = [lambda: {"outer": outer}, dict]  # a chain hands on all that it gets
     offers += [] if loss is None else [with_loss]
     failed: list[Exception] = []
-    with jax.numpy_dtype_promotion("standard"):
+    with _permissive():
         for offer in offers:
             try:
                 updates, new = opt.update(direction, state, value, **_accepted(opt.update, offer))
@@ -124,7 +131,7 @@ def moved(
 
 def value_at(schedule: Schedule, count: Array) -> Any:
     """A schedule after ``count`` steps; a number is itself.  Schedules are users' code, written as for optax."""
-    with jax.numpy_dtype_promotion("standard"):
+    with _permissive():
         return schedule(count) if callable(schedule) else schedule
 
 
@@ -146,8 +153,9 @@ def _squares(value: PyTree) -> Array:
 
 def _step_of_two(opt: optax.GradientTransformation, value: PyTree, outer: PyTree) -> Any:
     pair = optax.LookaheadParams(value, value)
-    updates, _ = opt.update(value, opt.init(pair), pair, **_accepted(opt.update, lambda: {"outer": outer}))
-    return updates.fast
+    with _permissive():
+        updates, _ = opt.update(value, opt.init(pair), pair, **_accepted(opt.update, lambda: {"outer": outer}))
+        return updates.fast
 
 
 def _traces(function: Callable[..., Any], *arguments: PyTree) -> bool:

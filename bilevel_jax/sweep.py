@@ -141,7 +141,9 @@ def descend(
             known = Vars()
             if inner_loss is not None:
                 known = Vars(inner=lambda z: inner_loss(vars._replace(inner=z), batch, step))
-            pairs = _each(lambda o, d, s, v, loss: moved(o, d, s, v, vars.outer, loss), opts, direction, state.opts, vars, known)
+            pairs = _each(
+                lambda o, d, s, v, loss: moved(o, d, s, v, vars.outer, loss), opts, direction, state.opts, vars, known
+            )
             new = [v if p is None else p[0] for v, p in zip(vars, pairs, strict=True)]
             if steps > 1:  # what is not finite must not wait to be written into a table, where no guard could take it back
                 est = keep(all_finite(new), est, state.estimator)

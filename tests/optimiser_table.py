@@ -3,7 +3,6 @@
 import inspect
 import re
 import warnings
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,8 +61,8 @@ ARGUMENTS: dict[str, tuple[tuple, dict]] = {
     "inject_stateful_hyperparams": ((optax.adam,), {}),
     "lookahead": ((SGD, 3, 0.5), {}),
     "masked": ((SGD, every), {}),
-    "measure_with_ema": ((optax.global_norm, 0.9), {}),
-    "monitor": (({"norm": optax.global_norm},), {}),
+    "measure_with_ema": ((optax.tree.norm, 0.9), {}),
+    "monitor": (({"norm": optax.tree.norm},), {}),
     "multi_transform": (({"all": SGD}, labels), {}),
     "named_chain": ((("clip", optax.clip(1.0)), ("sgd", SGD)), {}),
     "noisy_sgd": ((RATE,), {"key": 0}),
@@ -73,7 +72,7 @@ ARGUMENTS: dict[str, tuple[tuple, dict]] = {
     "scale_by_schedule": ((lambda count: -RATE / (count + 1),), {}),
     "scale_by_zoom_linesearch": ((10,), {}),
     "selective_transform": ((SGD,), {"freeze_mask": none}),
-    "snapshot": (("norm", optax.global_norm), {}),
+    "snapshot": (("norm", optax.tree.norm), {}),
     "stateless": ((lambda updates, params: jax.tree.map(lambda u: -RATE * u, updates),), {}),
     "stateless_with_tree_map": ((lambda update, param: -RATE * update,), {}),
     "trace": ((0.9,), {}),
@@ -95,7 +94,7 @@ SEARCH = "decreases the loss of the draw, which is not the mean over the data"
 CONSTANT = "unrolled, the step sizes that it finds are constants"
 INJECTED = "works where what it makes works; here `adam`, whose `eps_root=1e-8` makes the unrolled derivative finite"
 MEMORY = "its memory mixes the samples of fresh draws: for full batches, or steps that share a draw"
-AVERAGED = "the variable is the point y; `optax.contrib.schedule_free_eval_params` gives the average, from the optimiser's state"
+AVERAGED = "the variable is the point y; `optax.contrib.schedule_free_eval_params` gives the average, from the state"
 SIGN = "only signs of directions count: an unrolled path has the derivative 0 in x through its steps"
 FIRST_ZERO = "NaN if its first direction is 0: start at another point, or put `optax.zero_nans` after it"
 NOTES = {
