@@ -95,22 +95,9 @@ def moved(
         ValueError: for an optimiser that changes the structure or the shapes of the variable or of its state; whatever the
             optimiser raises.
     """
-
-    def with_loss() -> dict[str, Any]:
-        assert loss is not None
-
-        def value_fn(value: PyTree, *, outer: Any = None, obj_fn: Any = None, grad_fn: Any = None) -> Array:
-            del outer, obj_fn, grad_fn  # line searches refuse arguments that this function does not name
-            return loss(value)
-
-        def grad_fn(value: PyTree, _: int) -> PyTree:
-            return jax.grad(loss)(value)
-
-        known = {"value": loss(value), "grad": direction, "value_fn": value_fn, "obj_fn": loss, "grad_fn": grad_fn}
-        return {"outer": outer, **known}
-
     offers: list[Callable[[], dict[str, Any]]] = [lambda: {"outer": outer}, dict]  # a chain hands on all that it gets
-    offers += [] if loss is None else [with_loss]
+    if loss is not None:
+        offers.append(lambda known=loss: {"outer": outer} | _of_a_loss(known, value, direction))
     failed: list[Exception] = []
     with _permissive():
         for offer in offers:
@@ -125,7 +112,7 @@ def moved(
             raise ValueError("the updates differ from the variable in structure or in shapes")
         if _form(new) != _form(state):
             raise ValueError("the new state differs from the old one in structure or in shapes")
-        new = jax.tree.map(lambda n, o: n if jnp.result_type(n) == o.dtype else jnp.asarray(n, o.dtype), new, state)
+        new = jax.tree.map(_in_its_dtype, new, state)
         return optax.apply_updates(value, updates), new
 
 
@@ -135,11 +122,29 @@ def value_at(schedule: Schedule, count: Array) -> Any:
         return schedule(count) if callable(schedule) else schedule
 
 
+def _of_a_loss(loss: Callable[[PyTree], Array], value: PyTree, gradient: PyTree) -> dict[str, Any]:
+    """The extra arguments that transformations of optax ask for, of a loss and its gradient at ``value``."""
+
+    def value_fn(value: PyTree, *, outer: Any = None, obj_fn: Any = None, grad_fn: Any = None) -> Array:
+        del outer, obj_fn, grad_fn  # line searches refuse arguments that this function does not name
+        return loss(value)
+
+    def grad_fn(value: PyTree, _: int) -> PyTree:
+        return jax.grad(loss)(value)
+
+    return {"value": loss(value), "grad": gradient, "value_fn": value_fn, "obj_fn": loss, "grad_fn": grad_fn}
+
+
 def _accepted(update: Callable[..., Any], offer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Those of the arguments on offer that the signature of an update has a place for."""
     parameters = inspect.signature(update).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {name: argument for name, argument in offer().items() if anything or name in parameters}
+
+
+def _in_its_dtype(new: Any, old: Any) -> Any:
+    dtype = jnp.result_type(old)
+    return new if jnp.result_type(new) == dtype else jnp.asarray(new, dtype)
 
 
 def _form(tree: PyTree) -> tuple[Any, list[tuple[int, ...]]]:
@@ -154,7 +159,7 @@ def _squares(value: PyTree) -> Array:
 def _step_of_two(opt: optax.GradientTransformation, value: PyTree, outer: PyTree) -> Any:
     pair = optax.LookaheadParams(value, value)
     with _permissive():
-        updates, _ = opt.update(value, opt.init(pair), pair, **_accepted(opt.update, lambda: {"outer": outer}))
+        updates: Any = opt.update(value, opt.init(pair), pair, **_accepted(opt.update, lambda: {"outer": outer}))[0]
         return updates.fast
 
 

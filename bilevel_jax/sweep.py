@@ -138,9 +138,7 @@ def descend(
         def once(carry: tuple[Vars, DescendState], batch: Batch, k: Any) -> tuple[Vars, DescendState]:
             (vars, state), codes = carry, []
             direction, est = estimator.update(bind(step, codes), vars, batch, step * steps + k, state.estimator)
-            known = Vars()
-            if inner_loss is not None:
-                known = Vars(inner=lambda z: inner_loss(vars._replace(inner=z), batch, step))
+            known = Vars(None if inner_loss is None else lambda z, g=inner_loss: g(vars._replace(inner=z), batch, step))
             pairs = _each(
                 lambda o, d, s, v, loss: moved(o, d, s, v, vars.outer, loss), opts, direction, state.opts, vars, known
             )
