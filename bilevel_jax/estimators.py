@@ -65,7 +65,7 @@ def plain() -> Estimator:
         del count
         return total(oracle(vars, batch)), state
 
-    return Estimator(init, update)
+    return Estimator(init, update, of_the_draw=True)
 
 
 class EmaState(NamedTuple):

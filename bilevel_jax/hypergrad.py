@@ -17,7 +17,7 @@ from jax import lax
 from bilevel_jax import checks, linear_solve
 from bilevel_jax.control_flow import scan
 from bilevel_jax.linear_solve import LinearSolver
-from bilevel_jax.optimisers import moved
+from bilevel_jax.optimisers import begin, moved
 from bilevel_jax.oracles import losses
 from bilevel_jax.results import Result, all_finite, keep
 from bilevel_jax.trees import narrow, norm, widen
@@ -133,7 +133,8 @@ def iterative(
     """Iterative differentiation (ITD): back-propagate through ``steps`` inner steps from z, which is held constant.
 
     Args:
-        opt: inner optimiser, such as ``optax.sgd(rate)``.
+        opt: inner optimiser, such as ``optax.sgd(rate)``.  Give adam and its relatives an ``eps_root`` above 0, as
+            ``optax.adam(rate, eps_root=1e-8)``: without it the derivative is NaN where an entry of d_z g is 0.
         steps: inner steps D, at least 1.
         truncate: if given, differentiate only the last so many of them; with rate a and strong convexity mu the
             gradient is then biased by a factor (1 - a mu)^truncate.  0: first order, d_x f alone.  Where the hypergradient
@@ -146,7 +147,8 @@ def iterative(
         inner loop, (1 - a mu)^D, shows in ``stats.inner_residual``.
 
     Raises:
-        TypeError, ValueError: for counts out of range, and another checkpoint.
+        TypeError, ValueError: for counts out of range, and another checkpoint; (when traced) for an optimiser that cannot move
+            z, or that has no derivative in reverse mode.
 
     Cost: D inner gradients, D Hessian-vector and D cross products, one outer gradient pair.
 
@@ -183,7 +185,11 @@ def _along_a_path(follow: "Follow", jacobian: "Jacobian", steps: int) -> Method:
     def method(loss: Losses, z: PyTree, x: PyTree, guess: PyTree, key: Any) -> tuple[Array, PyTree, Stats]:
         del guess
         gradient = jax.grad(loss.g)
-        last, pull = jacobian.at(lambda x: follow(lambda z, x, k: gradient(z, x), z, x), x, key)
+
+        def end(x: PyTree) -> PyTree:
+            return follow(lambda z, x, k: gradient(z, x), z, x, loss=lambda z, x, k: loss.g(z, x))
+
+        last, pull = jacobian.at(end, x, key)
         value, (fz, fx) = jax.value_and_grad(loss.f, argnums=(0, 1))(last, x)
         total = jax.tree.map(jnp.add, fx, pull(fz))
         residual = norm(gradient(last, x))
@@ -196,7 +202,8 @@ def _along_a_path(follow: "Follow", jacobian: "Jacobian", steps: int) -> Method:
 class Follow(Protocol):
     """The end of an inner path from z, differentiable in z and x, with ``gradient(z, x, k)`` the direction of step k.
 
-    With ``score(z, x)``, its worst iterate instead: that of the largest score after the first step.
+    With ``score(z, x)``, its worst iterate instead: that of the largest score after the first step.  ``loss(z, x, k)``, if
+    given, has ``gradient`` as its gradient in z.  It is for optimisers that need its value.
     """
 
     def __call__(
@@ -205,6 +212,7 @@ class Follow(Protocol):
         z: PyTree,
         x: PyTree,
         score: Callable[[PyTree, PyTree], Array] | None = None,
+        loss: Callable[[PyTree, PyTree, Array], Array] | None = None,
     ) -> PyTree: ...
 
 
@@ -216,8 +224,18 @@ class Jacobian(NamedTuple):
     directions: int | None = None  # number of further paths that an estimate follows; None for the exact Jacobian
 
 
-def path(opt: optax.GradientTransformation, steps: int, *, truncate: int | None = None, checkpoint: str = "step") -> Follow:
-    """``steps`` steps of an optimiser, differentiable over the last ``truncate``; arguments as for `iterative`."""
+def path(
+    opt: optax.GradientTransformation,
+    steps: int,
+    *,
+    truncate: int | None = None,
+    checkpoint: str = "step",
+    name: str = "opt",
+) -> Follow:
+    """``steps`` steps of an optimiser, differentiable over the last ``truncate``; arguments as for `iterative`.
+
+    Errors call the optimiser by ``name``.
+    """
     steps = checks.positive_int("steps", steps)
     kept_steps = steps if truncate is None else checks.positive_int("truncate", truncate, least=0)
     if kept_steps > steps:
@@ -225,13 +243,14 @@ def path(opt: optax.GradientTransformation, steps: int, *, truncate: int | None 
     if checkpoint not in ("sqrt", "step", "none"):
         raise ValueError(f"checkpoint: got {checkpoint!r}, expected 'sqrt', 'step' or 'none'")
 
-    def follow(gradient: Any, z: PyTree, x: PyTree, score: Any = None) -> PyTree:
+    def follow(gradient: Any, z: PyTree, x: PyTree, score: Any = None, loss: Any = None) -> PyTree:
         outer, x = x, widen(x)  # the backward pass sums over the steps in the dtype of what they share
 
         def step(carry: Any, x: PyTree) -> Any:
             (z, state, k), kept = carry
             x = narrow(x, outer)
-            z, state = moved(opt, gradient(z, x, k), state, z, x)
+            known = None if loss is None else lambda z: loss(z, x, k)
+            z, state = moved(opt, gradient(z, x, k), state, z, x, known)
             if score is not None:
                 worst, height = kept
                 new = score(z, x)
@@ -239,8 +258,8 @@ def path(opt: optax.GradientTransformation, steps: int, *, truncate: int | None 
                 kept = keep(higher, (z, new), (worst, height))
             return (z, state, k + 1), kept
 
-        with jax.numpy_dtype_promotion("standard"):
-            carry: Any = (z, opt.init(z), jnp.int32(0)), None
+        opt_state = begin(name, "inner", opt, z, outer, loss=loss is not None, backward=kept_steps > 0)
+        carry: Any = (z, opt_state, jnp.int32(0)), None
         if score is not None:
             shape = jax.eval_shape(score, z, outer)
             carry = carry[0], (z, jnp.full(shape.shape, jnp.finfo(shape.dtype).min, shape.dtype))

@@ -118,7 +118,7 @@ def implicit(problem: Problem, *, mode: str = "reverse") -> Oracle:
             outer_gradient=float(bool(moved.aux or moved.outer)),
         )
 
-    return Oracle(terms, calls)
+    return Oracle(terms, calls, inner_loss=lambda vars, batch, step: g(vars.inner, vars.outer, batch))
 
 
 def finite_difference(problem: Problem, *, scale: float | None = None) -> Oracle:
@@ -182,7 +182,7 @@ def finite_difference(problem: Problem, *, scale: float | None = None) -> Oracle
         second = bool(moved.aux or moved.outer)
         return Calls(inner_gradient=float(bool(moved.inner) + 2 * second), outer_gradient=float(second))
 
-    return Oracle(terms, calls)
+    return Oracle(terms, calls, inner_loss=lambda vars, batch, step: g(vars.inner, vars.outer, batch))
 
 
 def aggregated(problem: Problem, weight: Schedule) -> Oracle:
@@ -308,13 +308,17 @@ def aid(problem: Problem, solver: LinearSolver) -> Oracle:
         >>> aid(problem, neumann(terms=3, rate=0.5, fresh=True)).draws
         4
     """
-    at = aid_terms(problem, solver)
+    at, (g, _) = aid_terms(problem, solver), losses(problem)
 
     def calls(moved: Vars) -> Calls:
         outer = float(bool(moved.outer))
         return Calls(float(bool(moved.inner)), outer * solver.applications, outer, outer)
 
-    return Oracle(lambda vars, batch, step: at(vars, lambda k: take_draw(batch, k)), calls, solver.draws + 1)
+    def inner_loss(vars: Vars, batch: Batch, step: Array) -> Array:
+        del step
+        return g(vars.inner, vars.outer, take_draw(batch, 0))
+
+    return Oracle(lambda vars, batch, step: at(vars, lambda k: take_draw(batch, k)), calls, solver.draws + 1, inner_loss)
 
 
 def aid_terms(problem: Problem, solver: LinearSolver) -> Callable[[Vars, Callable[[Any], Batch]], tuple[Terms, Array]]:

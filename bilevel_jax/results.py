@@ -58,8 +58,9 @@ _MESSAGES = {
     Result.DIVERGED: "a residual grew with the steps, or a variable beyond the limit of guard; the last good state is kept: "
     "take smaller steps (inner steps and Neumann sums: at most 1/L; heavy ball: a larger smoothness constant)",
     Result.NONFINITE: "an iterate or a metric became NaN or infinite; a run keeps the variables of its last finite evaluation, "
-    "which is the start if `every` was not given: try smaller steps, and check the data for NaN (bilevel_jax.checks.finite); "
-    "guard stops at the first bad update",
+    "which is the start if `every` was not given: try smaller steps, check the data for NaN (bilevel_jax.checks.finite), and, "
+    "where inner steps of adam or its relatives are differentiated, set their eps_root to 1e-8; guard stops at the first bad "
+    "update",
 }
 
 

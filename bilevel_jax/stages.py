@@ -17,7 +17,7 @@ from bilevel_jax.control_flow import while_loop
 from bilevel_jax.estimators import total
 from bilevel_jax.hypergrad import Jacobian, path, reverse
 from bilevel_jax.linear_solve import LinearSolver
-from bilevel_jax.optimisers import moved, value_at
+from bilevel_jax.optimisers import begin, initial, moved, value_at
 from bilevel_jax.oracles import depends, implicit, losses, system
 from bilevel_jax.results import Result, Status, Tally, all_finite, tally
 from bilevel_jax.samplers import take_draw
@@ -68,7 +68,8 @@ def solve_inner(
 
     Args:
         problem: the two losses.
-        opt: optimiser of z, which starts anew, momentum and counts of schedules, in every sweep.
+        opt: optimiser of z, which starts anew, momentum and counts of schedules, in every sweep.  It may be one that needs the
+            value of the loss, such as `optax.lbfgs`.
         max_steps: number of steps, a positive int or a schedule of the sweep (rounded up, 1 at least); not differentiable.
         tolerance: if given, stop as soon as ``|d_z g|`` is at most this; a number or a schedule of the sweep.  Where the
             optimiser projects or takes a prox, d_z g is not 0 at the solution: leave it out.  Not differentiable.
@@ -80,9 +81,11 @@ def solve_inner(
         not finite; z stays at the last finite one).
 
     Raises:
-        TypeError, ValueError: for ``max_steps`` below 1, a negative tolerance, and anything but a ``Problem`` and an optimiser.
+        TypeError, ValueError: for ``max_steps`` below 1, a negative tolerance, and anything but a ``Problem`` and an optimiser;
+            (in ``init``) for an optimiser that cannot move z.
 
     Cost: at most ``max_steps`` inner gradients, and one more with a tolerance; inf if that is a schedule: they are counted.
+    What a line search evaluates is not.
 
     Example:
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
@@ -99,6 +102,7 @@ def solve_inner(
     def init(vars: Vars, batches: Batch) -> SolveState:
         draw = jax.eval_shape(lambda b: take_draw(b, 0), batches)
         jax.eval_shape(jax.grad(g), vars.inner, vars.outer, draw)
+        begin("opt", "inner", opt, vars.inner, vars.outer, loss=True, backward=False)
         return _begin(widest(vars.inner), calls)
 
     def update(state: SolveState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, SolveState]:
@@ -112,7 +116,7 @@ def solve_inner(
             return jax.grad(g)(z, vars.outer, draw)
 
         def advance(z: PyTree, slope: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree, Array]:
-            new, opt_state = moved(opt, slope, opt_state, z, vars.outer)
+            new, opt_state = moved(opt, slope, opt_state, z, vars.outer, lambda z: g(z, vars.outer, draw))
             return new, opt_state, all_finite(new)
 
         def going(carry: tuple) -> Array:
@@ -127,8 +131,7 @@ def solve_inner(
             new = jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, z)
             return new, slope if target is None else gradient(new), opt_state, count + 1, fine
 
-        with jax.numpy_dtype_promotion("standard"):
-            opt_state = opt.init(vars.inner)
+        opt_state = initial(opt, vars.inner)
         slope = jax.tree.map(jnp.zeros_like, vars.inner) if target is None else gradient(vars.inner)
         carry = (vars.inner, slope, opt_state, jnp.int32(0), jnp.array(True))
         z, slope, _, count, fine = while_loop(going, body, carry)
@@ -216,7 +219,8 @@ def unroll(
     Args:
         problem: the two losses.
         opts: optimisers of z and x, and of ``vars.aux`` where it moves, too: where the path starts from it.  That of z starts
-            anew, momentum and counts of schedules, in every sweep.
+            anew, momentum and counts of schedules, in every sweep.  Give adam and its relatives an ``eps_root`` above 0, as
+            ``optax.adam(rate, eps_root=1e-8)``: without it the derivative is NaN where an entry of the direction is 0.
         steps: inner steps.
         direction: an oracle whose direction of z the path follows, at ``step`` the number of the inner step; by default d_z g.
         start: where the path starts, a function of the variables; by default at z, which is not differentiated.
@@ -231,7 +235,8 @@ def unroll(
     Raises:
         TypeError, ValueError: for counts out of range, optimisers that are missing, and an optimiser of ``vars.aux`` on a path
             that is truncated, so that its start has no derivative; (in ``init``) for a first-order method on an outer loss that
-            does not depend on x, and for an optimiser of ``vars.aux`` on which the start does not depend.
+            does not depend on x, for an optimiser of ``vars.aux`` on which the start does not depend, and for optimisers that
+            cannot move their variable, or, for z, have no derivative in reverse mode.
 
     Cost: ``steps`` calls of the direction, as many Hessian-vector and cross products as are differentiated, one outer gradient
     pair (``steps`` more values of f if pessimistic, counted as pairs); with ``gaussian(directions, radius)`` (directions + 1)
@@ -251,7 +256,8 @@ def unroll(
         checks.transformation("opts.aux", opts.aux)
         if truncate is not None:
             raise ValueError(f"truncate: got {truncate}, expected None, because the start moves, too, by its derivative")
-    follow = path(opts.inner, steps, truncate=truncate, checkpoint=checkpoint)
+    along = 0 if truncate is None and jacobian.directions else truncate  # an estimate differentiates nothing
+    follow = path(opts.inner, steps, truncate=along, checkpoint=checkpoint, name="opts.inner")
     kept = steps if truncate is None else truncate
     moving = opts._replace(inner=None)
 
@@ -266,8 +272,11 @@ def unroll(
             )
         if opts.aux is not None and not depends(lambda y: norm(start(vars._replace(aux=y))), vars.aux):
             raise ValueError("opts.aux: got an optimiser, expected None, because the path does not start from vars.aux")
-        with jax.numpy_dtype_promotion("standard"):
-            state = UnrollState(Vars(*(None if o is None else o.init(v) for o, v in zip(moving, vars, strict=True))))
+        states = (
+            None if o is None else begin(f"opts.{name}", name, o, v, vars.outer, loss=False, backward=False)
+            for name, o, v in zip(Vars._fields, moving, vars, strict=True)
+        )
+        state = UnrollState(Vars(*states))
         jax.eval_shape(update, state, vars, batches, jnp.zeros((), jnp.int32))
         return state
 
@@ -279,9 +288,14 @@ def unroll(
         def slope(z: PyTree, x: PyTree, k: Array) -> PyTree:
             return total(direction.terms(Vars(z, None, x), take_draw(batches, k if fresh else 0), k)).inner  # type: ignore[arg-type]
 
+        def loss(z: PyTree, x: PyTree, k: Array) -> Array:
+            assert direction.inner_loss is not None
+            return direction.inner_loss(Vars(z, None, x), take_draw(batches, k if fresh else 0), k)
+
         def end(free: Vars) -> PyTree:
             now = Vars(vars.inner, vars.aux if free.aux is None else free.aux, free.outer)
-            return follow(slope, start(now), now.outer, (lambda z, x: f(z, x, last)) if pessimistic else None)
+            score = (lambda z, x: f(z, x, last)) if pessimistic else None
+            return follow(slope, start(now), now.outer, score, None if direction.inner_loss is None else loss)
 
         z, pull = jacobian.at(end, free, take_draw(batches, 0).key)
         fz, fx = jax.grad(f, argnums=(0, 1))(z, vars.outer, last)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from bilevel_jax import checks
 from bilevel_jax.control_flow import scan
 from bilevel_jax.estimators import plain
-from bilevel_jax.optimisers import moved
+from bilevel_jax.optimisers import begin, initial, moved
 from bilevel_jax.results import Status, all_finite, keep
 from bilevel_jax.samplers import Draws, take_draw, take_window
 from bilevel_jax.types import (
@@ -60,7 +60,8 @@ def descend(
     Args:
         oracle: which direction.
         opts: optax transformations of the variables to move, None for the others.  Their schedules count applications: see
-            `per_sweep` when ``steps`` is more than 1.
+            `per_sweep` when ``steps`` is more than 1.  One that needs the value of a loss, such as a line search, works for z
+            if the oracle has an ``inner_loss`` and the estimator is `plain`.
         estimator: `bilevel_jax.estimators.plain` by default.
         steps: number of steps in a sweep.
         fresh: whether each step takes a draw of its own (as many as the oracle wants), or all take the same one.
@@ -72,7 +73,8 @@ def descend(
     Raises:
         TypeError, ValueError: for ``steps`` below 1, for anything but an ``Oracle`` and an ``Estimator``, for ``opts`` that is
             not a ``Vars`` with at least one transformation, and for a composite oracle under an estimator that needs means;
-            (when traced) if the oracle has no direction for a variable that moves.
+            (when traced) if the oracle has no direction for a variable that moves; (in ``init``) for an optimiser that cannot
+            move its variable.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -96,6 +98,7 @@ def descend(
     width = oracle.draws or 1
     single = (lambda batches: take_draw(batches, 0)) if oracle.draws is None else (lambda batches: batches)
     moves = Vars(*(o is not None for o in opts))
+    inner_loss = oracle.inner_loss if estimator.of_the_draw else None
 
     def bind(step: Array, codes: list[Array] | None) -> BoundOracle:
         def pruned(vars: Vars, batch: Batch) -> Terms:
@@ -119,20 +122,26 @@ def descend(
         draw = jax.eval_shape(lambda b: single(take_draw(b, slice(0, width))), batches)
         bound = bind(jnp.zeros((), jnp.int32), None)
         jax.eval_shape(bound, vars, draw)  # refuses bad losses and variables here, before anything is compiled
-        with jax.numpy_dtype_promotion("standard"):
-            opt_states = _each(lambda o, value: o.init(value), opts, vars)
+        known = Vars(inner=inner_loss is not None, aux=False, outer=False)
+
+        def start(opt: Any, name: str, value: PyTree, loss: bool) -> PyTree:
+            return begin(f"opts.{name}", name, opt, value, vars.outer, loss=loss, backward=False)
+
+        opt_states = _each(start, opts, Vars(*Vars._fields), vars, known)
         status = None if oracle.draws is None else Status(jnp.zeros((), jnp.int32))
         return DescendState(estimator.init(bound, vars, draw), opt_states, status)
 
     def update(state: DescendState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, DescendState]:
         if restart:
-            with jax.numpy_dtype_promotion("standard"):
-                state = state._replace(opts=_each(lambda o, value: o.init(value), opts, vars))
+            state = state._replace(opts=_each(initial, opts, vars))
 
         def once(carry: tuple[Vars, DescendState], batch: Batch, k: Any) -> tuple[Vars, DescendState]:
             (vars, state), codes = carry, []
             direction, est = estimator.update(bind(step, codes), vars, batch, step * steps + k, state.estimator)
-            pairs = _each(lambda o, d, s, value: moved(o, d, s, value, vars.outer), opts, direction, state.opts, vars)
+            known = Vars(None if inner_loss is None else lambda z, g=inner_loss: g(vars._replace(inner=z), batch, step))
+            pairs = _each(
+                lambda o, d, s, v, loss: moved(o, d, s, v, vars.outer, loss), opts, direction, state.opts, vars, known
+            )
             new = [v if p is None else p[0] for v, p in zip(vars, pairs, strict=True)]
             if steps > 1:  # what is not finite must not wait to be written into a table, where no guard could take it back
                 est = keep(all_finite(new), est, state.estimator)

@@ -18,7 +18,7 @@ from bilevel_jax.control_flow import scan
 from bilevel_jax.hypergrad import bind, path
 from bilevel_jax.hypergrad import implicit as by_linear_solve
 from bilevel_jax.linear_solve import LinearSolver, cg
-from bilevel_jax.optimisers import moved
+from bilevel_jax.optimisers import begin, moved
 from bilevel_jax.oracles import DrawLoss, losses
 from bilevel_jax.results import Status
 from bilevel_jax.samplers import take_draw
@@ -59,7 +59,8 @@ def through_steps(
     Args:
         problem: the losses of one task.  Dropout and other randomness come in as keys among the data; batch statistics
             are those of the batch (train mode, no running averages), or leaves of x that the loss reads.
-        opt: inner optimiser, started anew for every task.
+        opt: inner optimiser, started anew for every task.  Give adam and its relatives an ``eps_root`` above 0, as
+            ``optax.adam(rate, eps_root=1e-8)``: without it the derivative is NaN where an entry of a gradient is 0.
         steps: inner steps N.
         start: where z starts, a function of the variables: ``vars.outer`` for MAML, a part of it for ANIL.
         first_order: whether the inner gradients count as constants: the derivative of z_N in its start is then the identity
@@ -83,8 +84,12 @@ def through_steps(
             way = lax.stop_gradient(way) if first_order else way
             return way if scale is None else scale(way, x)
 
+        def loss(z: PyTree, x: PyTree, k: Array) -> Array:
+            del k
+            return g(z, x, draw)
+
         def outcome(x: PyTree) -> tuple[Array, PyTree]:
-            z = follow(slope, start(vars._replace(outer=x)), x)
+            z = follow(slope, start(vars._replace(outer=x)), x, loss=loss if scale is None and not first_order else None)
             return f(z, x, draw), z
 
         gradient, z = jax.grad(outcome, has_aux=True)(vars.outer)
@@ -136,7 +141,7 @@ def proximal(
 
     def at(vars: Vars, draw: Batch) -> Adapted:
         loss, x = bind(pulled, draw), vars.outer
-        z = follow(lambda z, x, k: jax.grad(loss.g)(z, x), x, x)
+        z = follow(lambda z, x, k: jax.grad(loss.g)(z, x), x, x, loss=lambda z, x, k: loss.g(z, x))
         _, way, stats = gradient(loss, z, x, None, draw.key)
         return Adapted(z, way, stats.code)
 
@@ -163,7 +168,7 @@ def displacement(problem: Problem, opt: optax.GradientTransformation, steps: int
 
     def at(vars: Vars, draw: Batch) -> Adapted:
         x = vars.outer
-        z = follow(lambda z, x, k: jax.grad(g)(z, x, draw), x, x)
+        z = follow(lambda z, x, k: jax.grad(g)(z, x, draw), x, x, loss=lambda z, x, k: g(z, x, draw))
         return Adapted(z, jax.tree.map(jnp.subtract, x, z), jnp.zeros((), jnp.int32))
 
     return Adaptation(at, Calls(inner_gradient=float(steps)))
@@ -273,8 +278,8 @@ def over_tasks(adaptation: Adaptation, opt: optax.GradientTransformation, *, loo
             raise ValueError("batch.weight: got row weights, expected None: every task counts the same")
         adapted = jax.eval_shape(lambda b: every(vars, take_draw(b, 0)), batches).inner
         checks.same_shapes("vars.inner", vars.inner, adapted, "the adapted z")
-        with jax.numpy_dtype_promotion("standard"):
-            return TasksState(opt.init(vars.outer), Status(jnp.zeros((), jnp.int32)))
+        opt_state = begin("opt", "outer", opt, vars.outer, vars.outer, loss=False, backward=False)
+        return TasksState(opt_state, Status(jnp.zeros((), jnp.int32)))
 
     def update(state: TasksState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, TasksState]:
         del step

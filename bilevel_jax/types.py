@@ -111,11 +111,15 @@ class Oracle(NamedTuple):
     ``calls(moved)`` is the cost of the terms of the variables in ``moved`` (a ``Vars`` of bool).  A *composite* oracle, whose
     terms are not means over the samples, says how many draws it takes; it gets them stacked, and returns a result code
     beside its terms.
+
+    ``inner_loss(vars, batch, step)``, where it is given, is the loss whose gradient in ``vars.inner`` is the direction of z.
+    Optimisers that need the value of a loss, such as line searches, work on z only where it is given.
     """
 
     terms: Callable[[Vars, Batch, Array], Terms | tuple[Terms, Array]]
     calls: Callable[[Vars], Calls]
     draws: int | None = None  # None: one draw, not stacked
+    inner_loss: Callable[[Vars, Batch, Array], Array] | None = None
 
 
 #: What an estimator sees: an oracle whose step is bound and whose terms are pruned to the variables that move.  It may be
@@ -135,6 +139,7 @@ class Estimator(NamedTuple):
     draw_calls: float = 1.0  # oracle calls on the draw, per update
     full_calls: float = 0.0  # oracle calls on the full data, per update, on average
     needs_means: bool = False  # whether the terms must be means over the samples, as those of a composite oracle are not
+    of_the_draw: bool = False  # whether the direction is that of the oracle on the draw, unchanged
 
 
 class Table(NamedTuple):

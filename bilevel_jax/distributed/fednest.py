@@ -232,8 +232,8 @@ def _one_a_client(loss: ClientLoss) -> Loss:
         # The derivative is a sum over the clients, in the dtype of what they share: a narrow leaf is copied from a wide one.
         axes = jax.tree.map(lambda leaf: None if leaf.dtype == widest(leaf) else 0, (z, x))
         wide = jax.tree.map(lambda leaf: jnp.broadcast_to(widen(leaf), (clients, *leaf.shape)), (z, x))
-        own = jax.tree.map(lambda leaf, copy: leaf if leaf.dtype == copy.dtype else copy.astype(leaf.dtype), (z, x), wide)
-        return jax.vmap(loss, in_axes=(*axes, 0))(*own, shares)
+        z, x = jax.tree.map(lambda leaf, copy: leaf if leaf.dtype == copy.dtype else copy.astype(leaf.dtype), (z, x), wide)
+        return jax.vmap(loss, in_axes=(*axes, 0))(z, x, shares)
 
     return values
 

@@ -15,7 +15,7 @@ from bilevel_jax import checks
 from bilevel_jax.control_flow import cond, scan
 from bilevel_jax.estimators import on_full, storm, total
 from bilevel_jax.linear_solve import neumann, random_neumann
-from bilevel_jax.optimisers import moved, weight_at
+from bilevel_jax.optimisers import begin, moved, weight_at
 from bilevel_jax.oracles import aid, aid_terms, losses
 from bilevel_jax.results import Status, Tally, keep, tally
 from bilevel_jax.samplers import take_draw, take_window
@@ -91,6 +91,16 @@ def sustain(
     return sweep(descend(directions, two(opts), estimator=storm(eta)))
 
 
+def _states(opts: Vars, vars: Vars) -> Vars:
+    """The optax states of z and x, whose directions are not gradients of a loss."""
+
+    def of(name: str) -> PyTree:
+        value = getattr(vars, name)
+        return begin(f"opts.{name}", name, getattr(opts, name), value, vars.outer, loss=False, backward=False)
+
+    return Vars(inner=of("inner"), outer=of("outer"))
+
+
 class VrboState(NamedTuple):
     """What `vrbo` keeps from sweep to sweep."""
 
@@ -145,8 +155,7 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
         on_full(batches, "vrbo")
         shapes, _ = jax.eval_shape(lambda b: at(vars.inner, vars.outer, lambda k: take_draw(b, k)), batches)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        with jax.numpy_dtype_promotion("standard"):
-            states = Vars(inner=opts.inner.init(vars.inner), outer=opts.outer.init(vars.outer))
+        states = _states(opts, vars)
         return VrboState(zeros, states, Status(jnp.zeros((), jnp.int32)))
 
     def update(state: VrboState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, VrboState]:
@@ -235,8 +244,7 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
         draw = jax.eval_shape(lambda b: take_draw(b, 0), batches)
         shapes = jax.eval_shape(matrices, vars.inner, vars.outer, draw)
         hessian, cross = (jnp.zeros(s.shape, s.dtype) for s in shapes)
-        with jax.numpy_dtype_promotion("standard"):
-            states = Vars(inner=opts.inner.init(vars.inner), outer=opts.outer.init(vars.outer))
+        states = _states(opts, vars)
         return StableState(hessian, cross, jax.tree.map(jnp.copy, vars._replace(aux=None)), states, tally(counted))
 
     def update(state: StableState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, StableState]:
