@@ -186,6 +186,7 @@ def test_times_and_bytes(finished):
     assert fednest["bytes_down"] - fednest["bytes_up"] == 10 * 3 * 640 * 4
 
 
+@pytest.mark.more
 def test_real_loop_without_delays_is_the_simulator(finished, tmp_path):
     """What the engine runs is what was simulated: all answers of SDBO are awaited, so that their order does not matter."""
     config = Config(**TINY, methods=("sdbo",), out=tmp_path / "unused")
@@ -214,6 +215,7 @@ def test_weights_of_rows_move_when_they_are_let_to(finished):
     assert case.settings.scale * part["outer_moved"].iloc[-1] > 10 * before
 
 
+@pytest.mark.more
 def test_search_of_step_sizes(monkeypatch):
     """The best of a grid is its lowest loss, and a point that diverges is infinitely bad."""
     case = problems.case("digits", Size(2, 1, 20, 100))

@@ -31,7 +31,7 @@ from bilevel_jax.oracles import aid
 from bilevel_jax.testing import dense_spectrum
 from tests import references
 from tests.checks import check_same, lengths, rows_of
-from tests.tables import CONSTANTS, Setting, build, distance, small, stream, tiny, tiny_sampler
+from tests.tables import CONSTANTS, Setting, build, distance, small, stream, thinned, tiny, tiny_sampler
 
 TWO = Vars(inner=optax.sgd(0.2), outer=optax.sgd(0.1))
 FAST = Vars(inner=optax.sgd(1.0), outer=optax.sgd(0.3))  # steps of about 1/L on `small`
@@ -213,7 +213,7 @@ def test_vrbo_without_noise_is_gradient_descent_in_two_loops():
         check_same(moved, vars, tol=1e-13)
 
 
-@pytest.mark.parametrize("tau", [0.2, 1.0])
+@thinned("tau", [0.2, 1.0], 0.2)
 def test_stable_without_noise_holds_the_exact_matrices(tau):
     """Whatever its weight: v is -H^-1 d_z f, and z also goes along -H^-1 J' (x+ - x)."""
     solver = solvers.stable(bent().problem, TWO, strong_convexity=1e-3, tau=tau)
@@ -338,7 +338,7 @@ def steps_to(history: Any, gap: float) -> int:
     return int(history["step"][np.flatnonzero(reached)[0]])
 
 
-@pytest.mark.parametrize("make", [solvers.accbio, solvers.accbio_bg])
+@thinned("make", [solvers.accbio, solvers.accbio_bg], solvers.accbio_bg)
 def test_acceleration_is_worth_the_root_of_the_condition_number(make):
     """To a gap of 1e-6: about sqrt(kappa) log against kappa / 2 log; the three sequences take steps half as long."""
     q = dense_spectrum(20, outer_strong_convexity=0.04, inner_strong_convexity=0.5, dtype=jnp.float64)
@@ -480,7 +480,7 @@ BIASED = {
 }
 
 
-@pytest.mark.parametrize("name", BIASED)
+@thinned("name", BIASED, "vrbo")
 def test_truncation_moves_the_point_where_a_solver_stops(name):
     """On full batches it is where the hypergradient with the truncated v is 0, and grad h is not; eight summands each."""
     q, g = small(), means()[0]
