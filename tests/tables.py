@@ -130,6 +130,7 @@ KINDS = ("soba", "saba", "srba", "aid_bio", "hoag", "vrbo", "itd_bio", "meha", "
 def thinned(names: str | tuple[str, ...], cases: Iterable[Any], *default: Any, slow: Iterable[Any] = (), **options: Any) -> Any:
     """Parametrise over all cases.  `make test` runs those in ``default``, `make test-all` all but those that are slow."""
     cases = list(cases)
+    assert default, f"{names}: no default case"
     assert all(case in cases for case in default), f"{names}: a default case is not among the cases"
     slow, single = list(slow), isinstance(names, str)
 

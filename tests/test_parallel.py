@@ -30,7 +30,7 @@ from bilevel_jax.parallel import Weighted, data_mesh, data_parallel, deal, place
 from bilevel_jax.sweep import descend
 from experiments.scaling import COLLECTIVE
 from tests.checks import OPTIMISED
-from tests.tables import KINDS, SOLVERS, STEPS, aux_like, build, distance, ragged, small, thinned, tiny
+from tests.tables import KINDS, SOLVERS, STEPS, aux_like, build, distance, ragged, small, stream, thinned, tiny
 
 UPDATES = 5  # one more than the period of SRBA: a refresh in their midst
 #: Sizes of the inner and outer batches of the runs on shares that were dealt.
@@ -300,13 +300,12 @@ def test_weighted_rows_need_one_value_a_sample():
 
 def test_weights_of_a_batch_are_not_lost():
     """`sharded` moves them into the data; a solver in a shard_map of one's own refuses them."""
-    problem, sampler = tiny().problem, samplers.uniform(3)
+    problem, batch = tiny().problem, stream(1)[0]
     solver = build("soba", data_parallel(problem, "data"))
-    batch = sampler.batches(tiny().data, jax.random.key(0), 0, 1)
     specs = Batch(P(None, "data"), P(None, "data"), P(), P(), P(None, "data"), P("data"))
     state = build("soba", problem).init(tiny().start, batch)
     with pytest.raises(ValueError, match="got a scalar loss, expected one value a sample"):
-        jax.shard_map(solver.update, mesh=data_mesh(), in_specs=(P(), specs), out_specs=P())(state, batch)
+        jax.eval_shape(jax.shard_map(solver.update, mesh=data_mesh(), in_specs=(P(), specs), out_specs=P()), state, batch)
     moved = sharded(problem, partial(build, "soba"), data_mesh()).update(state, batch)
     assert distance(moved.vars, build("soba", problem).update(state, batch).vars) < 1e-12
 
