@@ -160,18 +160,18 @@ def other_data() -> Levels:
     return Levels((inner[0].at[0].add(1e-6), inner[1]), outer)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (lambda: {"every": 10}, "every was 5, is 10"),
-        (lambda: {"key": jax.random.key(4)}, "the values of data, key or vars are not the same"),
-        (lambda: {"data": other_data()}, "the values of data, key or vars are not the same"),
-        (lambda: {"solver": build("soba", tiny().problem)}, r"\['carry'\]\.state\.stages"),
-        (lambda: {"solver": build("saba", tiny().problem, Vars(0.2, 0.2, 0.11))}, "the solver, its rates, the losses"),
-        (lambda: {"metrics": None}, "the metrics are not the same"),
-        (lambda: {"sampler": samplers.epochs(2)}, "the solver, its rates, the losses, the sampler"),
-    ],
-)
+OTHERS = [
+    (lambda: {"every": 10}, "every was 5, is 10"),
+    (lambda: {"key": jax.random.key(4)}, "the values of data, key or vars are not the same"),
+    (lambda: {"solver": build("saba", tiny().problem, Vars(0.2, 0.2, 0.11))}, "the solver, its rates, the losses"),
+    (lambda: {"data": other_data()}, "the values of data, key or vars are not the same"),
+    (lambda: {"solver": build("soba", tiny().problem)}, r"\['carry'\]\.state\.stages"),
+    (lambda: {"metrics": None}, "the metrics are not the same"),
+    (lambda: {"sampler": samplers.epochs(2)}, "the solver, its rates, the losses, the sampler"),
+]
+
+
+@thinned(("changes", "message"), OTHERS, *OTHERS[:3])
 def test_another_run_is_not_taken_up(uninterrupted, tmp_path, changes, message):
     go(tmp_path, steps=10)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

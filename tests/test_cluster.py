@@ -127,7 +127,7 @@ DOWN = {  # an answer under way; in the midst of the rounds of a cut; for good
 }
 
 
-@pytest.mark.parametrize(
+@thinned(
     ("quorum", "on_lost", "down", "steps"),
     [
         (2, "restore", "none", 40),
@@ -137,6 +137,8 @@ DOWN = {  # an answer under way; in the midst of the rounds of a cut; for good
         (2, "evict", "for good", 40),
         (2, "evict", "in the last cut", 10),
     ],
+    (2, "restore", "in a cut", 40),
+    (2, "evict", "in the last cut", 10),
 )
 def test_the_same_events_give_the_master_of_the_simulator(quorum, on_lost, down, steps):
     machines, method = MACHINES._replace(failures=DOWN[down]), make()

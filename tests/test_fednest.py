@@ -249,7 +249,7 @@ def test_runs_are_jitted_mapped_and_resumed(q):
     check_runs(solver, sampler, q.start, data, 4, by_hand)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_rates_may_be_traced_and_scheduled(q):
     make = partial(fednest, q.problem, local_steps=2, neumann_terms=3, fresh=False)
     batches = draws(make(**RATES), split(q), 2)

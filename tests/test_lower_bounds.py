@@ -159,7 +159,7 @@ def test_chain_in_rational_arithmetic(n, m):
     assert exact_support(n, m) == [k * (n + m - 1) + 1 for k in range(1, 5)]
 
 
-@pytest.mark.parametrize(("n", "m"), [pytest.param(*pair, marks=[pytest.mark.slow] * (pair != (2, 1))) for pair in COUNTS])
+@thinned(("n", "m"), COUNTS, (2, 1))
 def test_chain_of_the_solver(n, m):
     assert support(n, m) == exact_support(n, m)
 
@@ -204,7 +204,7 @@ def test_claims_can_fail():
     assert slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_command(tmp_path, capsys):
     main(Config(outer=(0.2, 0.1), inner=(0.5, 0.4), tolerance=1e-3, out=tmp_path / "new"))
     files = {path.name for path in (tmp_path / "new").iterdir()}

@@ -211,7 +211,7 @@ def test_command(tmp_path):
     assert tables["table"]["settings"].item() == 1
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_command_lasso(tmp_path):
     config = nonconvex.Config("lasso", rate_updates=20, sizes=(2,), evaluations=3, out=tmp_path)
     table = nonconvex.main(config)["table"]

@@ -80,7 +80,7 @@ def test_variance_reduction_of_one_variable_is_not_enough(reduced):
     assert errors(make, 5, steps=1600)[0][-10:].mean() > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_double_momentum_is_nearer_than_plain_steps_of_the_same_size():
     """Means over 32 seeds of |grad h|^2 after 3200 updates on single samples, whose noise is on the matrices, too.
 

@@ -42,7 +42,7 @@ def test_floors_are_the_solvers(name, kind):
         assert np.abs(a - before).max() > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_floor_of_maml_is_maml():
     entries = device_cases.maml(devices.QUICK.tasks)
     ends = {name: entry.program.call(entry.program.carry) for name, entry in entries.items()}
@@ -68,7 +68,7 @@ def test_counts_are_those_of_xla_where_it_can_count():
     assert work.bytes == 4 * (6 * 128 * 128 + 2 * (2 * 128 * 64 + 512))
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_counts_by_hand():
     work = {}
     for name in ("soba", "saba", "srba", "aid_cg"):

@@ -89,7 +89,6 @@ def host_text(solver: Solver, size: str) -> tuple[str, set[tuple[int, ...]]]:
     ("how", "size"),
     list(product(("scan", "host loop", "seeds", "guard"), ("short rows", "long rows"))),
     ("host loop", "short rows"),
-    ("seeds", "short rows"),
     ("guard", "long rows"),  # harder than the scan without a guard
 )
 def test_saba_copies_no_table(how, size):
@@ -165,7 +164,7 @@ def test_the_check_finds_copies_where_they_are():
         check_no_copies(text, (1234, 5))
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_naive_saga_is_saga():
     """So that the copies above are the price of the layout, not of another method."""
     problem, sampler, start, data = setting("short rows")
