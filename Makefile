@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= results/demo
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: demo figures docs test test-slow lint format clean
+.PHONY: demo figures docs test test-all test-more test-slow lint format clean
 
 demo: $(VENV)/experiments.stamp  ## select the hyperparameters of a logistic regression, and write a figure
 	$(BIN)/python -m experiments.hyperparameter_selection --dataset breast_cancer --out $(OUT) --overwrite
@@ -15,11 +16,17 @@ figures: $(VENV)/experiments.stamp  ## every figure at the size of a laptop; goe
 docs: $(VENV)/docs.stamp  ## the documentation site, in results/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir results/site
 
-test: $(VENV)/test.stamp  ## all tests but the slow ones, file by file on two processes of about 4 GB each
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+test: $(VENV)/test.stamp  ## every property, on one solver of each kind; file by file on two processes of about 4 GB each
+	$(PYTEST)
 
-test-slow: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
+test-all: $(VENV)/test.stamp  ## every property on every solver: all tests but the slow ones
+	$(PYTEST) -m 'not slow'
+
+test-more: $(VENV)/test.stamp  ## what test-all runs and test does not
+	$(PYTEST) -m 'more and not slow'
+
+test-slow: $(VENV)/test.stamp  ## tests that take minutes each
+	$(PYTEST) -m slow
 
 lint: $(VENV)/lint.stamp  ## style and types of the whole tree
 	$(BIN)/ruff check .

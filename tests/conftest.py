@@ -27,6 +27,36 @@ STRICT = {
 }
 
 
+#: Doctests that take seconds.  What they show is tested by default, too.
+LONG_DOCTESTS = {
+    "checkpoints.manager",
+    "checkpoints.run_long",
+    "distributed.adbo.adbo",
+    "distributed.cluster.train",
+    "loop.stream",
+    "neumann_series.random_neumann",
+    "parallel.sharded",
+    "parallel.spread",
+    "results.spent",
+    "samplers.episodes",
+    "solvers.first_order.f2sa_p",
+    "testing.convex_worst_case",
+    "testing.worst_case",
+}
+
+
+#: Names and markers of all tests of a session, before pytest selects some of them.
+COLLECTED = pytest.StashKey[list[tuple[str, set[str]]]]()
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if isinstance(item, pytest.DoctestItem) and item.name.removeprefix("bilevel_jax.") in LONG_DOCTESTS:
+            item.add_marker(pytest.mark.more)
+    config.stash[COLLECTED] = [(item.nodeid, {mark.name for mark in item.iter_markers()}) for item in items]
+
+
 @pytest.fixture(scope="package", autouse=True)
 def strict():
     """float64, no implicit broadcasting between ranks, no implicit promotion of dtypes."""

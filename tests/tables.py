@@ -1,6 +1,6 @@
 """The table of all solvers, and the problems they are tested on: adding a solver adds a row here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -123,18 +123,32 @@ FIRST_ORDER: Rows = {
 WITH_V = {"hjfbio", "fdehbo", "sl_bamm"}
 SOLVERS: Rows = SINGLE_LOOP | NESTED_LOOPS | ACCELERATED | FIRST_ORDER
 
-#: Rows that are made of the same stages as another one: what compiles runs on them in the slow suite only.
-ALIKE = {"aid_bio", "aid_fp", "ba", "ttsa", "stocbio", "amigo", "mrbo", "fo_itd_bio", "accbio"}
-ALIKE |= set(FIRST_ORDER) - {"meha", "f2sa_p", "bome", "iaptt"}
-
-every_solver = pytest.mark.parametrize("name", SOLVERS)
+#: One row of each kind: single loop, table, refreshes, double loop, while loop, recursive estimates, unrolled, first order.
+KINDS = ("soba", "saba", "srba", "aid_bio", "hoag", "vrbo", "itd_bio", "meha", "bome")
 
 
-def kinds(*without: str) -> Any:
+def thinned(names: str | tuple[str, ...], cases: Iterable[Any], *default: Any, slow: Iterable[Any] = (), **options: Any) -> Any:
+    """Parametrise over all cases.  `make test` runs those in ``default``, `make test-all` all but those that are slow."""
+    cases = list(cases)
+    assert default, f"{names}: no default case"
+    assert all(case in cases for case in default), f"{names}: a default case is not among the cases"
+    slow, single = list(slow), isinstance(names, str)
+
+    def marked(case: Any) -> Any:
+        marks = [] if case in default else [pytest.mark.slow if case in slow else pytest.mark.more]
+        return pytest.param(*([case] if single else case), marks=marks)
+
+    return pytest.mark.parametrize(names, [marked(case) for case in cases], **options)
+
+
+def kinds(*without: str, also: Iterable[str] = ()) -> Any:
+    """All rows but those in ``without``.  `make test` runs those of `KINDS` and ``also``."""
     names = [name for name in SOLVERS if name not in without]
-    return pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in names])
+    return thinned("name", names, *(name for name in names if name in (*KINDS, *also)))
 
 
+#: All rows in `make test`, for what neither compiles nor runs long; and one of each kind there.
+every_solver = pytest.mark.parametrize("name", SOLVERS)
 every_kind = kinds()
 
 

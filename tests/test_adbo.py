@@ -13,6 +13,7 @@ from bilevel_jax.distributed import adbo, simulate
 from bilevel_jax.distributed.adbo import Rates
 from bilevel_jax.distributed.cuts import drop_idle
 from bilevel_jax.distributed.cuts import values as cut_values
+from tests.tables import thinned
 
 N, n, m = 4, 2, 3
 RATES = Rates(0.02, 0.03, 0.04, 0.05, 0.1, 0.06, 0.2, 0.07, 0.3)
@@ -84,8 +85,8 @@ def gap(point, master, data, *, rounds, newest=False, warm=False, anchor=None, a
     return (alive[:, None] * (inner - e) ** 2).sum() + ((consensus - c) ** 2).sum()
 
 
-@pytest.mark.parametrize(
-    ("rounds", "newest", "warm"), [(1, False, False), (1, True, False), (3, False, True), (3, True, False)]
+@thinned(
+    ("rounds", "newest", "warm"), [(1, False, False), (1, True, False), (3, False, True), (3, True, False)], (3, False, True)
 )
 def test_a_cut_is_the_linearisation_of_the_gap(rounds, newest, warm, master, data):
     made = cut(make(estimate_rounds=rounds, newest=newest, warm_start=warm), master, data)
@@ -132,6 +133,7 @@ def test_with_one_round_no_point_within_the_tolerance_violates_the_cut(master, d
         assert at(moved)[0] <= -TOLERANCE + 1e-12
 
 
+@pytest.mark.more
 def test_the_optimal_value_over_the_cuts_does_not_fall_as_cuts_are_added(master, data):
     """The squared distance to the first point, over the polyhedra, by scipy; no cut is dropped."""
     method, lowest = make(max_cuts=5), []
@@ -330,7 +332,7 @@ def test_pytrees_and_starts_of_the_workers():
     np.testing.assert_allclose(moved.inner[:, 2:], (1 - 2 * RATES.inner) * master.inner[:, 2:])
 
 
-@pytest.mark.parametrize("rounds", [1, 5])
+@thinned("rounds", [1, 5], 1)
 def test_the_toy_ends_near_its_optimum_and_warm_multipliers_agree(rounds):
     """Consensus error and the norm of the hypergradient fall; multipliers that start warm reduce the disagreement."""
     toy = Problem(lambda z, x, b: ((z - x - b) ** 2).sum() / 2, lambda z, x, a: ((z - a) ** 2).sum() / 2)

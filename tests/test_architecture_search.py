@@ -24,6 +24,7 @@ from experiments.architecture_search.operations import ALL
 from experiments.architecture_search.record import Record
 from experiments.data import DataFileError, cifar10, files
 from experiments.data.records import Images
+from tests.tables import thinned
 
 FEW = ("none", "skip", "max_3x3", "sep_3x3", "dil_5x5")
 SHAPE = Shape(cells=3, nodes=2, channels=2, size=8, stride=2, classes=3)
@@ -63,7 +64,7 @@ def reference(image, kernel, stride, dilation):
     return np.array([[(padded[np.ix_(i + span, j + span)] * kernel).sum() for j in rows] for i in rows])
 
 
-@pytest.mark.parametrize(("width", "stride", "dilation"), [(3, 1, 1), (3, 2, 2), (5, 2, 1), (5, 1, 2)])
+@thinned(("width", "stride", "dilation"), [(3, 1, 1), (3, 2, 2), (5, 2, 1), (5, 1, 2)], (3, 2, 2))
 def test_depthwise(width, stride, dilation):
     image, kernel = images((2, 3, 6, 6)), images((2, width**2), 1)
     for form in ("matrix", "conv"):
@@ -237,7 +238,7 @@ def test_lookahead_is_the_gradient_after_a_step():
         assert np.abs(b - c).max() > 1e-3  # the step ahead matters
 
 
-@pytest.mark.parametrize("method", ["darts_first", "darts_second", "meha"])
+@thinned("method", ["darts_first", "darts_second", "meha"], "darts_second")
 def test_methods_descend(method):
     problem, data, start = toy()
     rates = TINY.rates._replace(outer=0.03)
@@ -266,6 +267,7 @@ def test_momentum_outlives_an_update():
     np.testing.assert_allclose(advance(first).state.vars.inner, expected, rtol=1e-5)
 
 
+@pytest.mark.more
 def test_gradients_reach_every_logit():
     net = search.supernet(SMALL, FEW)
     problem, batch = search.bilevel(net, 1e-3), (images((6, 8, 8, 3)), jnp.arange(6, dtype=jnp.int32) % 3)

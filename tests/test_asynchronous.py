@@ -145,6 +145,7 @@ def test_seconds_of_rounds_and_of_one_machine():
     assert methods.timed(case, "saba", table, machines, 1)["seconds"].tolist() == pytest.approx([0.0, 5 * 12.8, 10 * 12.8])
 
 
+@pytest.mark.more
 def test_files_and_columns(finished):
     table = pd.read_csv(finished / "history.csv")
     assert set(table["method"]) == {"adbo", "sdbo", "fednest", "d_soba", "saba"}
@@ -163,6 +164,7 @@ def test_files_and_columns(finished):
     assert (ends["last"] < ends["first"]).all()
 
 
+@pytest.mark.more
 def test_times_and_bytes(finished):
     """SDBO does the same whatever the machines, only later; ADBO is sooner done; bytes are those that the solvers declare."""
     table = pd.read_csv(finished / "history.csv").set_index(["method", "stragglers", "step"])
@@ -186,6 +188,7 @@ def test_times_and_bytes(finished):
     assert fednest["bytes_down"] - fednest["bytes_up"] == 10 * 3 * 640 * 4
 
 
+@pytest.mark.more
 def test_real_loop_without_delays_is_the_simulator(finished, tmp_path):
     """What the engine runs is what was simulated: all answers of SDBO are awaited, so that their order does not matter."""
     config = Config(**TINY, methods=("sdbo",), out=tmp_path / "unused")
@@ -204,6 +207,7 @@ def test_real_loop_without_delays_is_the_simulator(finished, tmp_path):
         np.testing.assert_array_equal(found[name], before[name])
 
 
+@pytest.mark.more
 def test_weights_of_rows_move_when_they_are_let_to(finished):
     """With published steps of the outer variable they do not: both are findings of the experiment."""
     before = pd.read_csv(finished / "history.csv").query("method == 'adbo'")["outer_moved"].max()
@@ -214,6 +218,7 @@ def test_weights_of_rows_move_when_they_are_let_to(finished):
     assert case.settings.scale * part["outer_moved"].iloc[-1] > 10 * before
 
 
+@pytest.mark.more
 def test_search_of_step_sizes(monkeypatch):
     """The best of a grid is its lowest loss, and a point that diverges is infinitely bad."""
     case = problems.case("digits", Size(2, 1, 20, 100))
@@ -280,6 +285,7 @@ def test_bad_options(changes, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.more
 def test_folders_of_others_are_spared(finished, tmp_path):
     with pytest.raises(SystemExit, match="holds a run already"):
         main(Config(**TINY, out=finished))

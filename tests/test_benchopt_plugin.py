@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from bilevel_jax import run, samplers, solvers, testing
+from tests.tables import thinned
 
 benchmark = pytest.importorskip("benchopt.benchmark", reason="benchopt is not installed")
 from benchopt.utils.dynamic_modules import skip_import_ctx  # noqa: E402
@@ -60,7 +61,7 @@ def stretches(solver, count):
     return solver.get_result()
 
 
-@pytest.mark.parametrize("size", [4, 8, 13])
+@thinned("size", [4, 8, 13], 4)
 def test_blocks_average_to_the_whole(own, objective, size):
     from benchmark_utils.bilevel_jax_plugin import block_loss  # type: ignore[import-not-found]
 
@@ -171,6 +172,7 @@ def readme(start):
     return re.findall(rf"^{start} .*$", (PLUGIN / "README.md").read_text(), re.MULTILINE)
 
 
+@pytest.mark.more
 def test_the_readme_runs_in_another_benchmark(follow):
     call, results = follow
     assert len(readme("cp")) == len(readme("benchopt run")) == 2
@@ -181,6 +183,7 @@ def test_the_readme_runs_in_another_benchmark(follow):
     assert history["objective_gradient_norm"].notna().all()
 
 
+@pytest.mark.more
 def test_the_readme_runs_in_our_benchmark(follow):
     _, results = follow
     history = results(readme("benchopt run")[1], 15)

@@ -23,7 +23,7 @@ from bilevel_jax import Levels, Problem, Result, Vars, begin, checkpoints, guard
 from bilevel_jax.checkpoints import run_long
 from bilevel_jax.results import frozen
 from tests.checks import check_same
-from tests.tables import STEPS, build, tiny, tiny_sampler
+from tests.tables import STEPS, build, thinned, tiny, tiny_sampler
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,7 +72,11 @@ def test_equals_run(uninterrupted):
     assert uninterrupted[1]["step"].tolist() == list(range(0, 41, 5))
 
 
-@pytest.mark.parametrize("moment", ["after a row", "in the midst of a line", "after a checkpoint, before its last row is read"])
+@thinned(
+    "moment",
+    ["after a row", "in the midst of a line", "after a checkpoint, before its last row is read"],
+    "in the midst of a line",
+)
 def test_taken_up_after_an_error(uninterrupted, tmp_path, moment):
     """At step 25: five updates after the last checkpoint, or right after one."""
     stop = 20 if moment.startswith("after a checkpoint") else 25
@@ -156,18 +160,18 @@ def other_data() -> Levels:
     return Levels((inner[0].at[0].add(1e-6), inner[1]), outer)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (lambda: {"every": 10}, "every was 5, is 10"),
-        (lambda: {"key": jax.random.key(4)}, "the values of data, key or vars are not the same"),
-        (lambda: {"data": other_data()}, "the values of data, key or vars are not the same"),
-        (lambda: {"solver": build("soba", tiny().problem)}, r"\['carry'\]\.state\.stages"),
-        (lambda: {"solver": build("saba", tiny().problem, Vars(0.2, 0.2, 0.11))}, "the solver, its rates, the losses"),
-        (lambda: {"metrics": None}, "the metrics are not the same"),
-        (lambda: {"sampler": samplers.epochs(2)}, "the solver, its rates, the losses, the sampler"),
-    ],
-)
+OTHERS = [
+    (lambda: {"every": 10}, "every was 5, is 10"),
+    (lambda: {"key": jax.random.key(4)}, "the values of data, key or vars are not the same"),
+    (lambda: {"solver": build("saba", tiny().problem, Vars(0.2, 0.2, 0.11))}, "the solver, its rates, the losses"),
+    (lambda: {"data": other_data()}, "the values of data, key or vars are not the same"),
+    (lambda: {"solver": build("soba", tiny().problem)}, r"\['carry'\]\.state\.stages"),
+    (lambda: {"metrics": None}, "the metrics are not the same"),
+    (lambda: {"sampler": samplers.epochs(2)}, "the solver, its rates, the losses, the sampler"),
+]
+
+
+@thinned(("changes", "message"), OTHERS, *OTHERS[:3])
 def test_another_run_is_not_taken_up(uninterrupted, tmp_path, changes, message):
     go(tmp_path, steps=10)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -337,6 +341,7 @@ def test_a_frozen_run_stops_and_says_so(tmp_path):
     check_same(rows, history)
 
 
+@pytest.mark.more
 def test_halved_rates_go_on_over_interruptions(tmp_path):
     settings = {"steps": 40, "solver": diverging(20), "every": 1, "save_every": 2}
     whole = go(tmp_path / "whole", **settings)
@@ -357,6 +362,7 @@ def cut_at(stop, progress):
 # ---- streams ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.more
 def test_a_stream_is_taken_up(tmp_path):
     """Saved while its state is donated to the next update, over and over: what comes back is what was saved."""
     q, solver = tiny(), build("saba", tiny().problem)
@@ -460,11 +466,13 @@ def killed(tmp_path_factory):
     return SimpleNamespace(kills=kills, expected=expected, found=heavy(folder), whole=whole, folder=folder)
 
 
+@pytest.mark.more
 def test_killed_and_taken_up_equals_uninterrupted(killed):
     same_runs(killed.found, killed.expected)
     assert (killed.folder / "history.csv").read_bytes() == (killed.whole / "history.csv").read_bytes()
 
 
+@pytest.mark.more
 def test_kills_came_at_the_moments_that_were_meant(killed):
     """Otherwise the test above says nothing."""
     assert None not in killed.kills, "the run was over before it was killed"

@@ -332,6 +332,7 @@ def test_saving_a_run(tmp_path):
 # ---- checks of their own -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.more
 def test_identities_of_soba_and_saba_hold_and_can_fail():
     q = small()  # that of the checks
     rows = [*checks.at_the_solution(q), checks.unbiased(q), checks.memory(q)]

@@ -29,7 +29,7 @@ from tests.checks import (
     rows_of,
     whole,
 )
-from tests.tables import SOLVERS, STEPS, aux_like, distance, every_solver, small, small_stream, tiny
+from tests.tables import SOLVERS, STEPS, aux_like, distance, kinds, small, small_stream, tiny
 
 both_modes = pytest.mark.parametrize("mode", ["reverse", "forward"])
 
@@ -218,7 +218,7 @@ def test_weights_make_any_batch_size_exact(shape):
     assert float(gap(rows, jnp.asarray(np.float64(1.5)))) < 1e-13
 
 
-@every_solver
+@kinds(also=("fsla", "stocbio", "aid_fp", "sustain", "stable", "iaptt"))  # whose faults test_sabotage.py makes
 def test_golden_trajectory(name):
     """Twenty steps with decaying step sizes on ragged blocks, the state donated."""
     q = small()

@@ -32,6 +32,7 @@ from bilevel_jax.distributed.worker import (
     numbers,
 )
 from tests.checks import check_same
+from tests.tables import thinned
 
 N, n, m, C, K = 3, 2, 3, 6, 2
 RATES = Rates(0.02, 0.03, 0.04, 0.05, 0.1, 0.06, 0.2, 0.07, 0.3)
@@ -126,7 +127,7 @@ DOWN = {  # an answer under way; in the midst of the rounds of a cut; for good
 }
 
 
-@pytest.mark.parametrize(
+@thinned(
     ("quorum", "on_lost", "down", "steps"),
     [
         (2, "restore", "none", 40),
@@ -136,6 +137,8 @@ DOWN = {  # an answer under way; in the midst of the rounds of a cut; for good
         (2, "evict", "for good", 40),
         (2, "evict", "in the last cut", 10),
     ],
+    (2, "restore", "in a cut", 40),
+    (2, "evict", "in the last cut", 10),
 )
 def test_the_same_events_give_the_master_of_the_simulator(quorum, on_lost, down, steps):
     machines, method = MACHINES._replace(failures=DOWN[down]), make()
@@ -226,7 +229,7 @@ def not_a_number(answer):
 
 
 # the 8th answers are in a cut: five steps, two rounds, two rounds back
-@pytest.mark.parametrize("n", [2, 7, 8])
+@thinned("n", [2, 7, 8], 7)
 @pytest.mark.parametrize("fault", ["lost", "hangs", "raises", "nan", "forgets"])
 def test_a_worker_that_is_restored_was_merely_late(fault, n, undisturbed):
     event = {
@@ -264,6 +267,7 @@ def test_answers_of_an_earlier_life_are_discarded(undisturbed):
     check_same(jax.device_get(master), undisturbed, tol=0)
 
 
+@pytest.mark.more
 def test_a_worker_that_keeps_failing_ends_the_run_with_all_that_is_known(tmp_path, undisturbed):
     def spoil(answer, n):
         return not_a_number(answer) if answer.worker == 2 and isinstance(answer.body, Worked) and n >= 4 else answer
@@ -324,7 +328,7 @@ def test_a_worker_that_cannot_start_ends_the_run_at_once():
         train(make(), Faulty(load=lambda worker: [1.0]), **ALL)
 
 
-@pytest.mark.parametrize("on_lost", ["restore", "wait", "evict"])
+@thinned("on_lost", ["restore", "wait", "evict"], "restore")
 def test_those_that_are_up_wait_for_one_that_starts_slowly(on_lost, undisturbed):
     """One after the other they take longer than the patience: nobody is lost as long as somebody comes."""
 
@@ -366,7 +370,7 @@ class Hanging(Faulty):
     restart = start
 
 
-@pytest.mark.parametrize("interrupted", [1, 13, 16, 25])
+@thinned("interrupted", [1, 13, 16, 25], 13)
 def test_a_master_that_was_interrupted_goes_on(interrupted, undisturbed, tmp_path):
     """In a period, between the rounds of a cut, after it: nothing is lost but the iteration under way."""
 
@@ -399,6 +403,7 @@ def test_a_master_that_was_interrupted_goes_on(interrupted, undisturbed, tmp_pat
     assert int(further.step) == 15
 
 
+@pytest.mark.more
 def test_a_master_that_is_interrupted_at_any_message_goes_on(tmp_path):
     """Between an iteration, its cut, the messages that close it and the replies, nothing is done twice and nobody forgotten."""
     method = make(cut_period=2, estimate_rounds=1)

@@ -49,6 +49,7 @@ from tests.tables import (
     every_solver,
     kinds,
     stream,
+    thinned,
     tiny,
     tiny_sampler,
     tiny_start,
@@ -195,7 +196,7 @@ def test_a_bad_sample_is_reported(name):
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in carry.finite)
 
 
-@every_solver
+@every_kind
 @pytest.mark.parametrize("guarded", [False, True])
 def test_state_is_stable_under_scan(name, guarded):
     """Structure, shapes, dtypes and weak types of what update returns are those that it was given."""
@@ -247,7 +248,7 @@ def test_number_of_draws_is_that_of_the_stages():
 
 
 @every_kind
-@pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "mixed"])
+@thinned("dtypes", ["float32", "bfloat16", "mixed"], "mixed")
 def test_dtypes_and_trees_are_kept(name, dtypes):
     """Of every variable, and of the state of a run on trees; nothing is promoted on the way."""
     start, data, solver = light_start(DTYPES[dtypes]), light_data(DTYPES[dtypes]), build(name, light())
@@ -269,7 +270,7 @@ def light_end(dtypes: str) -> Vars:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), go(jax.random.key(0))[0].state.vars)
 
 
-@pytest.mark.parametrize(("dtypes", "tol"), [("bfloat16", 0.3), pytest.param("mixed", 0.05, marks=pytest.mark.slow)])
+@thinned(("dtypes", "tol"), [("bfloat16", 0.3), ("mixed", 0.05)], ("bfloat16", 0.3))
 def test_low_precision_runs_near_the_high_one(dtypes, tol):
     assert distance(light_end(dtypes), light_end("float64")) < tol
     assert distance(light_end("float64").outer, light_start().outer) > 0.4
@@ -476,7 +477,7 @@ def test_optimisers_are_applied_to_the_directions(optimiser):
     assert distance(vars.outer, tiny().start.outer) > 0.05
 
 
-@every_solver
+@every_kind
 def test_every_solver_takes_every_optimiser(name):
     """On trees of mixed dtypes, all of them in one chain: what update returns is shaped as what it was given."""
     start, data = light_start(DTYPES["mixed"]), light_data(DTYPES["mixed"])

@@ -563,6 +563,7 @@ def test_cleaning_bad_input(made_images, dataset, options, message):
 # ---- real files
 
 
+@pytest.mark.more
 def test_real_ijcnn1(real):
     real(ijcnn.TRAIN.file, ijcnn.TEST.file)
     data = ijcnn1()
@@ -581,6 +582,7 @@ def test_real_ijcnn1(real):
 PARTS = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 
+@pytest.mark.more
 def test_real_mnist(real):
     real(*(f"mnist/{part}" for part in PARTS))
     data = mnist()

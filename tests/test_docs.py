@@ -15,6 +15,7 @@ from bilevel_jax import Batch, Problem, Vars, linear_solve, solvers, spent
 from bilevel_jax.distributed import adbo, d_soba, fednest, gossip
 from bilevel_jax.solvers.steps import DECAYS
 from bilevel_jax.types import Cost
+from tests.tables import thinned
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -33,7 +34,7 @@ def newcomer():
         yield
 
 
-@pytest.mark.parametrize("page", [name for name in PAGES if blocks(name)])
+@thinned("page", [name for name in PAGES if blocks(name)], "index.md", "quickstart.md", "bilevel.md")
 def test_blocks_run_in_order(page, newcomer):
     namespace: dict = {"__name__": page}
     assert any("assert " in block for block in blocks(page))  # the blocks say what must come out

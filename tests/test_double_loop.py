@@ -32,7 +32,7 @@ from bilevel_jax.solvers.steps import DECAYS
 from bilevel_jax.testing import dense_spectrum
 from tests import references
 from tests.checks import check_same, lengths, rows_of
-from tests.tables import CONSTANTS, Setting, build, distance, small, stream, tiny, tiny_sampler
+from tests.tables import CONSTANTS, Setting, build, distance, small, stream, thinned, tiny, tiny_sampler
 
 TWO = Vars(inner=optax.sgd(0.2), outer=optax.sgd(0.1))
 FAST = Vars(inner=optax.sgd(1.0), outer=optax.sgd(0.3))  # steps of about 1/L on `small`
@@ -127,6 +127,7 @@ def test_mean_over_the_random_lengths_is_the_truncated_inverse():
     np.testing.assert_allclose(mean, truncated(z, np.asarray(q.start.outer), terms, 0.7), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.more
 def test_aid_needs_its_warm_start():
     """Three steps of conjugate gradients a sweep reach rounding from the last v, and stall from 0."""
     q = small()
@@ -141,6 +142,7 @@ def test_aid_needs_its_warm_start():
 # ---- what solvers reduce to -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.more
 def test_amigo_with_single_steps_on_one_sample_is_alternating_soba():
     q, draws = tiny(), stream(1)[:4]
     directions = implicit(q.problem)
@@ -154,7 +156,11 @@ def test_amigo_with_single_steps_on_one_sample_is_alternating_soba():
     )
 
 
-@pytest.mark.parametrize(("make", "truncation"), [(solvers.mrbo, neumann), (solvers.sustain, random_neumann)])
+@thinned(
+    ("make", "truncation"),
+    [(solvers.mrbo, neumann), (solvers.sustain, random_neumann)],
+    (solvers.sustain, random_neumann),
+)
 def test_double_momentum_of_weight_one_is_the_plain_method(make, truncation):
     q = tiny()
     plain = sweep(descend(aid(q.problem, truncation(terms=2, rate=0.5, fresh=True)), TWO))
@@ -178,6 +184,7 @@ def bent_batches(draws: int) -> Batch:
     return Batch(*repeated, key=jax.random.split(jax.random.key(0), draws), full=bent().data)
 
 
+@pytest.mark.more
 def test_noiseless_momentum_follows_the_directions_whatever_its_weight():
     found = []
     for eta in (0.1, 0.7, 1.0):
@@ -214,7 +221,7 @@ def test_vrbo_without_noise_is_gradient_descent_in_two_loops():
         check_same(moved, vars, tol=1e-13)
 
 
-@pytest.mark.parametrize("tau", [0.2, 1.0])
+@thinned("tau", [0.2, 1.0], 0.2)
 def test_stable_without_noise_holds_the_exact_matrices(tau):
     """Whatever its weight: v is -H^-1 d_z f, and z also goes along -H^-1 J' (x+ - x)."""
     solver = solvers.stable(bent().problem, TWO, strong_convexity=1e-3, tau=tau)
@@ -339,6 +346,7 @@ def steps_to(history: Any, gap: float) -> int:
     return int(history["step"][np.flatnonzero(reached)[0]])
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("make", [solvers.accbio, solvers.accbio_bg])
 def test_acceleration_is_worth_the_root_of_the_condition_number(make):
     """To a gap of 1e-6: about sqrt(kappa) log against kappa / 2 log; the three sequences take steps half as long."""
@@ -428,19 +436,11 @@ def test_indefinite_inner_hessians_are_reported():
         assert int(result_of(solver, concave()).result) == Result.NEGATIVE_CURVATURE
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        partial(solvers.stocbio, inner_steps=1),
-        partial(solvers.bsa, inner_steps=1),
-        solvers.mrbo,
-        partial(solvers.vrbo, inner_steps=1),
-    ],
-    ids=["stocbio", "bsa", "mrbo", "vrbo"],
-)
-def test_rates_above_the_curvature_are_reported(make):
+@thinned("name", ["stocbio", "bsa", "mrbo", "vrbo"], "bsa", "vrbo")
+def test_rates_above_the_curvature_are_reported(name):
     """The sum grows with its terms, while all variables stay finite; of composite oracles the code comes up, too."""
-    carry = result_of(make(tiny().problem, TWO, rate=5.0, terms=3), steps=2)
+    loops = {} if name == "mrbo" else {"inner_steps": 1}
+    carry = result_of(getattr(solvers, name)(tiny().problem, TWO, rate=5.0, terms=3, **loops), steps=2)
     assert int(carry.result) == Result.DIVERGED
     assert distance(carry.finite, carry.state.vars) == 0
 
@@ -481,7 +481,7 @@ BIASED = {
 }
 
 
-@pytest.mark.parametrize("name", BIASED)
+@thinned("name", BIASED, "vrbo")
 def test_truncation_moves_the_point_where_a_solver_stops(name):
     """On full batches it is where the hypergradient with the truncated v is 0, and grad h is not; eight summands each."""
     q, g = small(), means()[0]

@@ -22,6 +22,7 @@ from sklearn.metrics import f1_score
 from bilevel_jax import Levels, run
 from experiments import data, data_cleaning, harness, hyperparameter_selection, logistic
 from experiments.methods import METHODS, Name, Rates
+from tests.tables import thinned
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,6 +82,7 @@ def test_solvers_descend(finished):
     assert (ends["last"] > 0).all()
 
 
+@pytest.mark.more
 def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     add, calls = harness.Store.add, []
@@ -178,6 +180,7 @@ def test_batch_size_larger_than_the_data(tmp_path):
         hyperparameter_selection.main(selection(tmp_path / "run", batch_size=400))
 
 
+@pytest.mark.more
 def test_coin_runs_lanes_one_after_the_other(tmp_path):
     """The sequential lanes of SPABA are those of the single runs: a pass on every step would show in the compiled text."""
     config = selection(tmp_path, solvers=("spaba",), steps=16, evaluations=2)
@@ -188,6 +191,7 @@ def test_coin_runs_lanes_one_after_the_other(tmp_path):
     np.testing.assert_allclose(first["suboptimality"], one["suboptimality"], rtol=1e-5)
 
 
+@pytest.mark.more
 def test_data_cleaning(tmp_path):
     config = data_cleaning.Config(solvers=("soba", "saba"), seeds=2, steps=256, evaluations=2, out=tmp_path / "run")
     data_cleaning.main(config)
@@ -284,7 +288,7 @@ def test_meha_setting(tmp_path, monkeypatch):
     assert (tmp_path / "cut" / "figure.png").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in data_cleaning.MEHA if METHODS[name].full])
+@thinned("name", [name for name in data_cleaning.MEHA if METHODS[name].full], "meha")
 def test_methods_of_the_meha_setting_step(name):
     config = data_cleaning.Config(setting="meha")
     made = data_cleaning.task(config, data_cleaning.load(config))
@@ -314,7 +318,7 @@ def small():
 class TestExact:
     """The reference solution against finite differences and an independent solution."""
 
-    @pytest.mark.parametrize("kind", ["binary", "softmax"])
+    @thinned("kind", ["binary", "softmax"], "softmax")
     def test_gradient_of_h(self, small, kind):
         problem, levels, shape, dim = small[kind]
         with jax.enable_x64(True):
@@ -328,7 +332,7 @@ class TestExact:
                 slope = (evaluate(x + step, guess).value - evaluate(x - step, guess).value) / 2e-5
                 np.testing.assert_allclose(found.gradient[k], slope, rtol=1e-6, atol=1e-10)
 
-    @pytest.mark.parametrize("kind", ["binary", "softmax"])
+    @thinned("kind", ["binary", "softmax"], "softmax")
     def test_hessian(self, small, kind):
         problem, levels, shape, dim = small[kind]
         with jax.enable_x64(True):

@@ -34,7 +34,7 @@ from bilevel_jax.distributed.fednest import rounds, sent_bytes
 from bilevel_jax.testing import Quadratic, quadratic
 from tests.checks import check_runs, check_same, follow
 from tests.references import inner_terms, outer_terms
-from tests.tables import distance
+from tests.tables import distance, thinned
 
 CLIENTS, ROWS = 6, 2
 RATES = {"inner_rate": 0.2, "outer_rate": 0.1, "neumann_rate": 0.5}
@@ -60,7 +60,7 @@ def draws(solver: Solver, data: Levels, updates: int, sampler: samplers.Sampler 
 # ---- what it reduces to -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("random_terms", [True, False], ids=["random", "sum"])
+@thinned("random_terms", [True, False], True, ids=["random", "sum"])
 @pytest.mark.parametrize(
     ("clients", "steps", "turns"), [(1, 3, 2), (CLIENTS, 1, 4)], ids=["one client, three steps", "six clients, one step"]
 )
@@ -175,12 +175,10 @@ def test_it_is_its_numpy_reference(q, case):
     batches, before, lengths = draws(solver, data, 12, per_agent(samplers.uniform(1))), 0, set()
     start, states = (np.asarray(q.start.inner), np.asarray(q.start.outer)), follow(solver, q.start, batches)
     for batch, state in zip(batches, states, strict=True):
+        rows = [{name: np.asarray(leaf).mean(2) for name, leaf in part.items()} for part in (batch.inner, batch.outer)]
 
-        def draw(k, batch=batch):
-            return [
-                [{name: np.asarray(leaf[k, i]).mean(0) for name, leaf in part.items()} for i in range(CLIENTS)]
-                for part in (batch.inner, batch.outer)
-            ]
+        def draw(k, rows=rows):
+            return [[{name: leaf[k, i] for name, leaf in part.items()} for i in range(CLIENTS)] for part in rows]
 
         wire, after = Wire(), int(state.stages[1].tally.calls.hessian_vector)
         products, before = after - before, after
@@ -251,7 +249,7 @@ def test_runs_are_jitted_mapped_and_resumed(q):
     check_runs(solver, sampler, q.start, data, 4, by_hand)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_rates_may_be_traced_and_scheduled(q):
     make = partial(fednest, q.problem, local_steps=2, neumann_terms=3, fresh=False)
     batches = draws(make(**RATES), split(q), 2)
@@ -318,7 +316,7 @@ def products(jaxpr: Any, times: float = 1.0) -> Counter:
 
 
 @pytest.mark.parametrize("corrected", [True, False])
-@pytest.mark.parametrize("steps", [1, 4])
+@thinned("steps", [1, 4], 4)
 def test_declared_cost_is_that_of_the_program(steps, corrected):
     def loss(z, x, rows):
         a, b, y = rows
@@ -349,7 +347,7 @@ def test_cost_and_rounds():
     assert rounds(inner_rounds=2, products=4, corrected=False) == 2 + 4 + 3
 
 
-@pytest.mark.parametrize("level", Levels._fields)
+@thinned("level", Levels._fields, "inner")
 def test_a_client_that_breaks_is_seen(q, level):
     """NaN in the data of one of six clients: a code, and under the guard the last finite state."""
     solver = steady(q)

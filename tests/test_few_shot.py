@@ -21,6 +21,7 @@ from experiments.data.omniglot import read_archive
 from experiments.few_shot import Config
 from experiments.few_shot_methods import SETTINGS, body, build, head, heads, held
 from experiments.networks import ConvNet, Convolution, functional
+from tests.tables import thinned
 
 # ---- data -------------------------------------------------------------------------------------------------------------
 
@@ -145,7 +146,7 @@ def test_sinusoids():
 # ---- networks ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stride", [1, 2])
+@thinned("stride", [1, 2], 2)
 @pytest.mark.parametrize("shape", [(6, 6), (5, 7), (1, 1)])
 def test_forms_of_the_convolution_agree(stride, shape):
     images = jax.random.normal(jax.random.key(0), (2, *shape, 3), jnp.float32)
@@ -208,7 +209,7 @@ def follow(loss, params, support, steps, rate, adapted=lambda path: True):
     return params
 
 
-@pytest.mark.parametrize("name", ["maml", "anil"])
+@thinned("name", ["maml", "anil"], "anil")
 def test_meta_gradient_equals_finite_differences(name, learner):
     model, loss, _, batch = learner
     options = {"adapted": head} if name == "anil" else {}
@@ -249,7 +250,7 @@ def small(name):
     return SETTINGS["laptop"]["digits"]._replace(ways=3, tasks=2, features=3, updates=10)
 
 
-@pytest.mark.parametrize("name", ["maml", "anil", "meha"])
+@thinned("name", ["maml", "anil", "meha"], "anil")
 def test_adaptation_at_test_time(name, learner):
     model, loss, _, batch = learner
     method = build(name, loss, model, small(name), inner_steps=2)
@@ -347,6 +348,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, cap
     pd.testing.assert_frame_equal(rows(cut), table)
 
 
+@pytest.mark.more
 @pytest.mark.usefixtures("as_users_run")
 def test_sinusoids_are_learned(tmp_path):
     few_shot.main(config(tmp_path / "run", dataset="sinusoid", solvers=("maml",), steps=300, tasks=10, test_tasks=40))

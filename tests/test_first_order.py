@@ -26,6 +26,7 @@ from tests.tables import (
     small,
     small_stream,
     stream,
+    thinned,
     tiny,
 )
 from tests.test_closed_forms import entangled
@@ -96,7 +97,7 @@ def slopes(errors: Any, parameters: Any) -> np.ndarray:
 RANGES = {1: (100.0, 1000.0), 2: (100.0, 1000.0), 4: (40.0, 160.0)}
 
 
-@pytest.mark.parametrize("name", ["quadratic", "logistic"])
+@thinned("name", ["quadratic", "logistic"], "logistic")
 def test_bias_falls_with_the_order(name):
     """At exact inner iterates the error of the direction of x falls like lam^-p: for F2SA and V-PBGD, p = 1."""
     problem, start, batch, solve, gradient = setting(name)
@@ -281,7 +282,7 @@ def test_slope_of_the_barrier_goes_on_beyond_the_boundary():
     assert (at(-1e6), quadratic(0.5)(-1.0, ZERO)) == (pytest.approx(0.0, abs=1e-6), 0.0)
 
 
-@pytest.mark.parametrize("kind", ["barrier", "quadratic"])
+@thinned("kind", ["barrier", "quadratic"], "barrier")
 def test_value_function_tends_to_the_hypergradient(kind):
     """y is exact for a slope s where it solves ``min f + s g + mu |.|^2 / 2``, and s is that of the parameters that its own
     gap gives: these fall as s grows, and the error falls like 1 / s."""
@@ -323,7 +324,7 @@ def test_finite_differences_are_the_products():
     assert distance(coarse.inner.aux, exact.inner.aux) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["saba", "storm_soba"])
+@thinned("name", ["saba", "storm_soba"], "storm_soba")
 def test_finite_differences_under_variance_reduction(name):
     """On the quadratic, where they are exact, the iterates are those of the NumPy reference."""
     q, opts = small(), Vars(*(decay(step, library=True) for step in STEPS))
@@ -332,7 +333,7 @@ def test_finite_differences_under_variance_reduction(name):
     check_golden(jax.jit(solver.update), solver.init(q.start, batches[0]), batches, name, q)
 
 
-@pytest.mark.parametrize("make", [solvers.hjfbio, solvers.fdehbo])
+@thinned("make", [solvers.hjfbio, solvers.fdehbo], solvers.hjfbio)
 def test_v_stays_in_its_ball(make):
     """It would leave it: without the ball it goes to v*, which is longer."""
     q = small()
@@ -403,7 +404,7 @@ def test_bda_is_the_derivative_of_its_path():
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(1.0, 4), (-1.0, 1)])
-@pytest.mark.parametrize("pessimistic", [True, False])
+@thinned("pessimistic", [True, False], True)
 def test_iaptt_takes_the_worst_iterate(scale, expected, pessimistic):
     """f grows along the path, or falls: the last iterate, or the first.  Its derivatives in x and in the start are those of
     ``max_k f(z_k(x, z_0), x)``, by central differences."""

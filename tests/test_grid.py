@@ -66,6 +66,7 @@ def test_lanes_are_plain_runs(task, searched):
     assert moved.nunique() == len(moved) == 8
 
 
+@pytest.mark.more
 def test_schedule_of_the_paper_is_the_default(task):
     """Where no decay is given; and one of 0 is a constant step."""
     blocks = Levels(4, 4)
@@ -125,6 +126,7 @@ def test_edges_are_named(tmp_path):
     assert grid.at_edges({"step_size": 0.1, "outer_ratio": 1.0, "decay": 0.0}, made) == ["step_size"]
 
 
+@pytest.mark.more
 def test_interrupted_and_resumed_equals_uninterrupted(searched, tmp_path, monkeypatch, capsys):
     _, whole = searched
     lanes, before = [], grid.run
@@ -172,6 +174,7 @@ def test_programs_are_as_wide_as_memory_allows():
         grid.fit(function, lanes, data, 16, 1000, copies=2)
 
 
+@pytest.mark.more
 def test_settings_are_read_checked_and_recorded(searched, tmp_path):
     out, _ = searched
     path = out / "settings.json"
@@ -202,6 +205,7 @@ def test_settings_are_read_checked_and_recorded(searched, tmp_path):
         refused("expected a settings.json of experiments.grid", settings=tmp_path / name)
 
 
+@pytest.mark.more
 def test_data_cleaning(tmp_path):
     """Its own task, metric and settings; a deterministic solver has one seed, and keeps the lengths of its loops."""
     given = {"experiment": "data_cleaning", "setting": "meha", "solvers": ("meha",), "steps": 20, "step_sizes": (0.1,)}
@@ -218,6 +222,7 @@ def test_data_cleaning(tmp_path):
         data_cleaning.rates(data_cleaning.Config(solvers=("meha",), settings=tmp_path / "settings.json"))
 
 
+@pytest.mark.more
 def test_no_setting_without_divergence(tmp_path, capsys):
     grid.main(config(tmp_path, step_sizes=(1e6,), outer_ratios=(1.0,)))
     assert json.loads((tmp_path / "settings.json").read_text())["none_without_divergence"] == ["saba"]
@@ -256,6 +261,7 @@ def test_a_metric_of_another_task(tmp_path):
         grid.main(config(tmp_path, metric="test_error"))
 
 
+@pytest.mark.more
 def test_seeds_side_by_side_are_those_of_single_runs():
     quadratic = testing.quadratic(jax.random.key(0))
     data, start = (jax.tree.map(lambda a: a.astype(jnp.float32), tree) for tree in (quadratic.data, quadratic.start))

@@ -13,6 +13,7 @@ from bilevel_jax import Levels
 from experiments import group_lasso
 from experiments import lasso_search as search
 from experiments.group_lasso import Config
+from tests.tables import thinned
 
 SMALL = 60  # three groups
 
@@ -52,7 +53,7 @@ def test_blocks():
     assert np.linalg.norm(targets - signal) == pytest.approx(np.linalg.norm(signal) / 2)
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@thinned("sparse", [False, True], True)
 def test_inner_solution(split, sparse):
     """The conditions of optimality, group by group: some are 0, some are not."""
     x = search.highest(split.train, sparse) * jnp.asarray([0.1, 0.3, 0.02, 0.15][: 3 + sparse])
@@ -102,7 +103,7 @@ def test_warm_start(split):
     np.testing.assert_allclose(again.z, first.z, atol=1e-9)
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@thinned("sparse", [False, True], True)
 def test_slope(split, sparse):
     """Against differences of the validation error of exact solutions; some groups are 0."""
     x = search.highest(split.train, sparse) * jnp.asarray([0.1, 0.3, 0.02, 0.15][: 3 + sparse])
@@ -187,6 +188,7 @@ def test_settled():
     assert (both["test_error"], both["test_error_std"]) == (4.0, pytest.approx(2**0.5))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("penalty", ["group", "sparse_group"])
 def test_experiment(tmp_path, penalty):
     config = Config(features=(SMALL,), penalty=penalty, evaluations=16, updates=50, seeds=2, out=tmp_path / "run")

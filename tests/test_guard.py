@@ -14,7 +14,7 @@ from bilevel_jax.estimators import SagaState, flush, saga
 from bilevel_jax.loop import several
 from bilevel_jax.results import Guarded, Status, all_finite, frozen
 from tests.checks import check_no_copies, check_same
-from tests.tables import ACCELERATED, STEPS, build, distance, every_kind, kinds, stream, tiny, tiny_sampler, tiny_start
+from tests.tables import ACCELERATED, STEPS, build, distance, every_kind, kinds, stream, thinned, tiny, tiny_sampler, tiny_start
 from tests.test_tables import scan_text, setting
 
 WILD = Vars(1e60, 1e60, 1e60)  # overflows float64 within six updates
@@ -109,7 +109,7 @@ def x_of(vars: Vars, data: Levels) -> dict[str, jax.Array]:
     return {"x": vars.outer}
 
 
-@pytest.mark.parametrize(("name", "guarded"), [("soba", False), ("saba", True)])
+@thinned(("name", "guarded"), [("soba", False), ("saba", True)], ("saba", True))
 def test_run_records_divergence_in_its_lane_only(name, guarded):
     rates = Vars(*(jnp.asarray(np.array([step, 1e60, 0.5 * step])) for step in STEPS))
 
@@ -237,7 +237,7 @@ def large(vars: Vars, limit: float) -> bool:
     return any(bool(jnp.abs(leaf).max() > limit) for leaf in jax.tree.leaves(vars))
 
 
-@pytest.mark.parametrize("name", ["soba", "saba", "srba", "amigo", "meha"])
+@thinned("name", ["soba", "saba", "srba", "amigo", "meha"], "saba", "srba", "meha")
 def test_halving_goes_through_the_states_of_the_accepted_draws(name):
     """Against a loop on the host that tries every draw, throws away what diverges, and halves the scale of the rates."""
     wild, halvings = Vars(*(40 * step for step in STEPS)), 20
@@ -342,7 +342,7 @@ def test_limit_stops_before_numbers_overflow():
     assert not large(carry.state.vars, LIMIT)
 
 
-@pytest.mark.parametrize("lanes", [0, 3])
+@thinned("lanes", [0, 3], 0)
 def test_halving_copies_no_table(lanes):
     """In the programs that users get, optimised."""
     make = lambda scale: solvers.saba(setting("short rows")[0], Vars(*(optax.sgd(scale * s) for s in STEPS)))

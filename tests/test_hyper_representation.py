@@ -9,6 +9,7 @@ import pytest
 from bilevel_jax import Vars, begin, hypergrad, resume, samplers, solvers, sweep, unroll
 from experiments import hyper_representation as hyper
 from experiments.hyper_representation import Config, Setting
+from tests.tables import thinned
 
 SMALL = Setting((3, 4), 12, 0.1, 0.05, 5, 0.05, 1e-4)
 
@@ -70,6 +71,7 @@ def test_unrolled_is_the_gradient(made):
     np.testing.assert_allclose(directions(solvers.itd_bio(made[0], opts(), inner_steps=5), made)[0], made[3], rtol=1e-10)
 
 
+@pytest.mark.more
 def test_hozog_is_unbiased(made):
     got = directions(hyper.hozog(made[0], opts(), inner_steps=5, radius=1e-4), made, keys=4000)
     error, spread = got.mean(0) - made[3], got.std(0) / 4000**0.5
@@ -77,6 +79,7 @@ def test_hozog_is_unbiased(made):
     assert (spread < 0.1 * np.abs(made[3]).max()).all()
 
 
+@pytest.mark.more
 def test_unit_directions_shrink_the_estimate(made):
     """The part of the estimate that goes through the inner steps is divided by the dimension; the direct part is not."""
     problem = made[0]
@@ -88,6 +91,7 @@ def test_unit_directions_shrink_the_estimate(made):
     assert np.abs(whole - first_order).max() > 1e-2
 
 
+@pytest.mark.more
 def test_restarts(made):
     """z is what the inner steps make of its start, not of the last z."""
     problem, data, start, _ = made
@@ -103,6 +107,7 @@ def test_restarts(made):
     assert np.abs(two.state.vars.inner - one.state.vars.inner).max() > 1e-4
 
 
+@pytest.mark.more
 def test_experiment(monkeypatch, tmp_path):
     monkeypatch.setitem(hyper.SETTINGS, "linear", SMALL)
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -115,7 +120,7 @@ def test_experiment(monkeypatch, tmp_path):
     assert (tmp_path / "run" / "figure.png").exists()
 
 
-@pytest.mark.parametrize("name", ["pzobo", "pzobo_unit", "fo_itd_bio", "aid_fp", "aid_cg"])
+@thinned("name", ["pzobo", "pzobo_unit", "fo_itd_bio", "aid_fp", "aid_cg"], "pzobo", "aid_cg")
 def test_every_method_builds(made, name):
     problem, data, start, _ = made
     solver = hyper.restarted(hyper.build(name, problem, Config(inner_steps=2)), start.inner)

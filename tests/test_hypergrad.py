@@ -15,7 +15,7 @@ from bilevel_jax import Batch, Problem, Result, hypergrad, linear_solve
 from bilevel_jax.hypergrad import hypergradient, implicit, iterative, one_step, t1_t2, zeroth_order
 from bilevel_jax.implicit_diff import implicit_fixed_point, implicit_root, root_jvp, root_vjp
 from tests.checks import whole
-from tests.tables import small
+from tests.tables import small, thinned
 
 close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11)
 
@@ -390,7 +390,7 @@ def test_jacobians():
         same(ours, expected)
 
 
-@pytest.mark.parametrize("name", ["auto", "auto, not symmetric", pytest.param("cg", marks=pytest.mark.slow)])
+@thinned("name", ["auto", "auto, not symmetric", "cg"], "auto, not symmetric")
 def test_hessian_through_a_solve(name):
     """jax.hessian, reverse over reverse, forward over forward; of a function of theta."""
 

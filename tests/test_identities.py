@@ -24,9 +24,10 @@ from tests.tables import (
     build,
     distance,
     donated_update,
-    every_solver,
+    every_kind,
     kinds,
     stream,
+    thinned,
     tiny,
     tiny_sampler,
 )
@@ -228,7 +229,7 @@ def test_start_at_the_solution_does_not_move_on_full_batches(name):
     assert distance(full_updates(name, 2 * PERIOD + 1)[-1], tiny().solution) < 1e-12
 
 
-@pytest.mark.parametrize("name", BIASED)
+@thinned("name", BIASED, "bsa", "vrbo", "itd_bio")
 def test_start_at_the_solution_moves_by_the_bias(name):
     """A truncated v is (1 - r) v*, with an r of the solver, and x moves away by its step times r v*; z is solved for."""
     moved, (z, v, x) = full_updates(name, 1)[0], tiny().solution
@@ -239,7 +240,7 @@ def test_start_at_the_solution_moves_by_the_bias(name):
         assert distance(moved.inner, z) < 1e-13
 
 
-@every_solver
+@every_kind
 def test_where_aux_starts(name):
     """v starts at zeros like z, a second inner iterate at z."""
     q, solver = tiny(), build(name, tiny().problem)

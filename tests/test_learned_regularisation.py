@@ -17,6 +17,7 @@ from bilevel_jax import Batch, Levels, Problem, Vars, implicit, run, samplers, s
 from experiments import data, learned_regularisation, race, sparse
 from experiments.data import files, newsgroups
 from experiments.learned_regularisation import Config, blocks, cut, problem
+from tests.tables import thinned
 
 REAL = os.environ.get("BILEVEL_JAX_DATA")
 ROWS, WORDS = 19, 30
@@ -69,7 +70,7 @@ def test_product(pair):
     ],
     ids=["gradient", "forward", "reverse", "linearised", "checkpointed"],
 )
-@pytest.mark.parametrize("over", ["one", "lanes", "shared matrix"])
+@thinned("over", ["one", "lanes", "shared matrix"], "shared matrix")
 def test_derivatives(pair, derivative, over):
     z = jnp.asarray(numbers(3, WORDS, 4))
     axes = {"one": None, "lanes": (0, 0), "shared matrix": (0, None)}[over]
@@ -254,6 +255,7 @@ def test_other_archives_are_refused(made, monkeypatch):
         data.twenty_newsgroups()
 
 
+@pytest.mark.more
 def test_the_real_messages(monkeypatch, tmp_path):
     folder = Path(REAL or tmp_path).expanduser()
     names = (newsgroups.ARCHIVE, files.FILES[newsgroups.ARCHIVE].copies[0][0])
@@ -289,6 +291,7 @@ def text(monkeypatch, matrix):
     return made
 
 
+@pytest.mark.more
 def test_experiment(text, tmp_path, as_users_run, capsys):
     config = Config(
         solvers=("fixed_x",), batch_sizes=(5, 8), seconds=0.01, evaluations=2, inner_rate=1.0, steps=2,
@@ -307,7 +310,7 @@ def test_experiment(text, tmp_path, as_users_run, capsys):
         learned_regularisation.main(config)
 
 
-@pytest.mark.parametrize("name", ["stocbio", "aid_fp", "aid_cg", "itd_bio", "amigo", "soba"])
+@thinned("name", ["stocbio", "aid_fp", "aid_cg", "itd_bio", "amigo", "soba"], "aid_cg", "soba")
 def test_every_solver_builds(text, name, as_users_run):
     levels = blocks(text, 5)
     start = Vars(jnp.zeros((WORDS, 4)), None, jnp.zeros(WORDS))

@@ -20,6 +20,7 @@ from bilevel_jax.linear_solve import (
     richardson,
 )
 from bilevel_jax.results import Result
+from tests.tables import thinned
 
 lineax = pytest.importorskip("lineax")
 
@@ -570,7 +571,7 @@ def exact_derivatives(symmetric):
     return derivatives(lambda t: jnp.linalg.solve(*system(t, symmetric)))
 
 
-@pytest.mark.parametrize("name", ["cg", "dense", "heavy_ball", pytest.param("lineax cg", marks=pytest.mark.slow), "dense lu"])
+@thinned("name", ["cg", "dense", "heavy_ball", "lineax cg", "dense lu"], "cg", "dense")
 def test_derivatives(name):
     """To second order, against those of a dense solve."""
     solver = SOLVERS[name]()

@@ -12,7 +12,7 @@ import pytest
 from bilevel_jax import Batch, implicit, run, samplers, solvers
 from bilevel_jax.testing import Quadratic, convex_worst_case, dense_spectrum, worst_case, worst_case_ratio
 from experiments.lower_bounds import COUNTS, Config, claim, claims, main, slope, support
-from tests.tables import distance
+from tests.tables import distance, thinned
 
 MAKE = {"worst": worst_case, "convex": convex_worst_case, "dense": dense_spectrum}
 
@@ -22,7 +22,7 @@ def chain_matrix(dim: int, convex: bool = False) -> np.ndarray:
     return np.fliplr(np.eye(dim)) - np.fliplr(np.eye(dim, k=1 if convex else -1))
 
 
-@pytest.mark.parametrize("convex", [False, True])
+@thinned("convex", [False, True], True)
 def test_the_matrix_of_the_chain(convex):
     """Its square is tridiagonal, with a 1 at one end; z* of the problem is made with it."""
     Z = chain_matrix(12, convex)
@@ -36,7 +36,7 @@ def test_the_matrix_of_the_chain(convex):
     np.testing.assert_allclose(q.at(jnp.asarray(x)).inner, z, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", MAKE)
+@thinned("name", MAKE, "dense", "convex")
 def test_closed_forms(name):
     """z, v and the gradient against the oracle and finite differences; the optimum is one."""
     q: Quadratic = MAKE[name](12, inner_strong_convexity=0.25, dtype=jnp.float64)
@@ -53,6 +53,7 @@ def test_closed_forms(name):
     assert q.value(q.solution.outer) < q.value(x)
 
 
+@pytest.mark.more
 def test_optimum_of_the_worst_case():
     """x*_i = r^i up to r^d; r is the root of its polynomial nearest to 1."""
     r = worst_case_ratio(0.05, 0.3)
@@ -81,6 +82,7 @@ def test_optimum_of_the_convex_worst_case():
     assert float(jnp.linalg.norm(q.solution.outer)) == pytest.approx(2.5)
 
 
+@pytest.mark.more
 def test_convex_bound():
     """With dimension r*(eps), no x of which only half the entries have moved has a gradient as small as eps.
 
@@ -157,7 +159,7 @@ def test_chain_in_rational_arithmetic(n, m):
     assert exact_support(n, m) == [k * (n + m - 1) + 1 for k in range(1, 5)]
 
 
-@pytest.mark.parametrize(("n", "m"), [pytest.param(*pair, marks=[pytest.mark.slow] * (pair != (2, 1))) for pair in COUNTS])
+@thinned(("n", "m"), COUNTS, (2, 1))
 def test_chain_of_the_solver(n, m):
     assert support(n, m) == exact_support(n, m)
 
@@ -165,6 +167,7 @@ def test_chain_of_the_solver(n, m):
 # ---- work -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.more
 def test_accbio_against_numpy():
     """Nesterov's two sequences, heavy ball, and z and v from 0 in every sweep, on the worst case."""
     d, L, mu, Lx, mu_x, n, m = 15, 1.0, 0.3, 1.2, 0.05, 6, 5
@@ -201,7 +204,7 @@ def test_claims_can_fail():
     assert slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_command(tmp_path, capsys):
     main(Config(outer=(0.2, 0.1), inner=(0.5, 0.4), tolerance=1e-3, out=tmp_path / "new"))
     files = {path.name for path in (tmp_path / "new").iterdir()}

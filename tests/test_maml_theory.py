@@ -30,6 +30,7 @@ def test_closed_form_is_the_gradient_of_the_query_loss():
     assert maml_theory.gradient_error() < 1e-12
 
 
+@pytest.mark.more
 def test_bias():
     table = maml_theory.bias((0.3, 0.01)).set_index(["method", "rate"])
     assert (table["distance_to_closed_form"] < 1e-10).all()
@@ -45,6 +46,7 @@ def test_smoothness():
     assert (table["largest_over_bound"] <= 1 + 1e-12).all()
 
 
+@pytest.mark.more
 def test_query_loss_is_what_anil_descends():
     """One inner step, written out."""
     adapted, data = GEOMETRIES["strongly convex"][0], anil_geometry.draw_regressions(jax.random.key(0))
@@ -74,6 +76,7 @@ def test_losses_at_equal_work():
     np.testing.assert_allclose(anil_geometry.at_equal(CURVES, "calls")["nonconvex"], [0.5, 1 - 0.6 / 4])
 
 
+@pytest.mark.more
 def test_verdicts_can_fail():
     bias, smooth = maml_theory.bias((0.01, 0.003)), maml_theory.smoothness(0.3, (1, 2))
     names = [row["verdict"] for row in maml_theory.claims(0.0, bias, smooth, CURVES)]

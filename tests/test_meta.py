@@ -10,7 +10,7 @@ import pytest
 
 from bilevel_jax import Levels, Problem, Vars, linear_solve, run, samplers, solvers, sweep, tasks
 from tests.checks import check_same
-from tests.tables import distance
+from tests.tables import distance, thinned
 from tests.task_problems import (
     DIM,
     HEAD,
@@ -166,7 +166,7 @@ def test_anil_is_back_propagation():
     assert max(jax.tree.leaves(jax.tree.map(distance, way, expected))) < 1e-12
 
 
-@pytest.mark.parametrize("first_order", [False, True])
+@thinned("first_order", [False, True], True)
 def test_a_start_that_is_not_learned_is_itd_bio(first_order):
     """One task: the body moves as in (FO-)ITD-BiO with z the head, from the start in ``vars.aux``; the head of x stays."""
     params, support, query = network()

@@ -38,6 +38,7 @@ def numbers():
     return (np.asarray(page()[name]) for name in ("features", "targets", "theta"))
 
 
+@pytest.mark.more
 def test_results_are_closed_forms():
     a, b, theta = numbers()
     inverse = np.linalg.inv(a.T @ a + theta * np.eye(4))
@@ -59,6 +60,7 @@ def test_results_are_closed_forms():
         close(found, z if name == "cg" else plain)
 
 
+@pytest.mark.more
 def test_fixed_points_are_closed_forms():
     """On the free coordinates the constrained solutions are those of smaller systems, the others do not move."""
     a, _, theta = numbers()

@@ -15,7 +15,7 @@ from bilevel_jax.moreau import envelope, residual
 from bilevel_jax.projections import project, proximal_sgd
 from bilevel_jax.value_oracles import moreau
 from tests.checks import ZERO, check_same
-from tests.tables import distance
+from tests.tables import distance, thinned
 from tests.test_first_order import hypergradient, logistic, means, newton, slopes
 
 NOTHING = Batch(inner=np.zeros((1, 1)), outer=np.zeros((1, 1)))
@@ -157,7 +157,7 @@ def limits(gamma: float) -> dict[str, np.ndarray]:
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-@pytest.mark.parametrize("gamma", [0.2, 0.7, 3.0])
+@thinned("gamma", [0.2, 0.7, 3.0], 0.7)
 def test_limits_of_the_penalised_solution(gamma):
     """z is O(1/c) off, f lower by O(1/c), the gap O(1/c^2); ``c (z - theta) -> v*`` and ``c Dx -> grad h``, with its sign."""
     found = limits(gamma)
@@ -256,9 +256,10 @@ def arrival(away: np.ndarray) -> int:
     return int(np.flatnonzero(away >= 0.01)[-1]) + 2
 
 
-@pytest.mark.parametrize(
+@thinned(
     ("rates", "gamma", "updates"),
     [((0.5, 0.3, 0.5), 1.0, 36), ((0.5, 0.1, 0.5), 5.0, 38), ((0.1, 0.3, 0.5), 5.0, 40)],
+    ((0.5, 0.3, 0.5), 1.0, 36),
 )
 def test_meha_on_a_merely_convex_problem(rates, gamma, updates):
     """1 % of the solution after the same number of updates whatever the dimension, and it stays there; rates of x, z, theta."""

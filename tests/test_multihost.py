@@ -78,6 +78,7 @@ def address() -> str:
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
+@pytest.mark.more
 def test_two_processes_equal_one(tmp_path):
     """Each gives its own rows; the state is that of one device."""
     coordinator, out = address(), tmp_path / "found.json"
@@ -138,6 +139,7 @@ def test_scaling_refuses(change, match):
         main(Config(**change))
 
 
+@pytest.mark.more
 def test_scaling_takes_the_devices_there_are(tmp_path, monkeypatch):
     """One accelerator, say: by default all counts up to theirs, while one that is asked for is refused."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)

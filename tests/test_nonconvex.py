@@ -23,6 +23,7 @@ from experiments.nonconvex_problems import (
     sine,
     sine_solution,
 )
+from tests.tables import thinned
 
 PLAIN = Method(meha, {})
 
@@ -110,7 +111,7 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@thinned("name", COUNTS, "merely_convex", "sine", "lasso")
 def test_counts(name):
     """Updates from which on MEHA stays within the tolerance; by a run of the solver of the library, too."""
     make, setting, count, updates, tolerance = COUNTS[name]
@@ -194,6 +195,7 @@ def test_searches():
     np.testing.assert_array_equal(x, 1.0)
 
 
+@pytest.mark.more
 def test_command(tmp_path):
     config = nonconvex.Config("sine", methods=("ITD",), updates=40, rate_updates=20, sizes=(2,), out=tmp_path)
     few = {"ITD": METHODS["sine"]["ITD"]._replace(grid={"inner": (0.3,), "outer": (0.3,)})}
@@ -209,7 +211,7 @@ def test_command(tmp_path):
     assert tables["table"]["settings"].item() == 1
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_command_lasso(tmp_path):
     config = nonconvex.Config("lasso", rate_updates=20, sizes=(2,), evaluations=3, out=tmp_path)
     table = nonconvex.main(config)["table"]

@@ -13,6 +13,7 @@ from bilevel_jax import Batch, Problem, Vars, descend, implicit, nonsmooth, solv
 from bilevel_jax.optimisers import moved
 from bilevel_jax.projections import prox, proximal_sgd, term_of
 from tests.checks import check_same
+from tests.tables import thinned
 
 GROUPS = np.array([0, 1, 0, 2, 1, 1])
 MEMBERS = [np.equal(GROUPS, j) for j in range(3)]
@@ -91,7 +92,7 @@ def test_value_is_that_of_the_formula(name):
     assert float(term.value(jnp.zeros(6), X)) == 0.0
 
 
-@every_term
+@thinned("name", TERMS, "l1 of x", "groups of x", "both of x")
 def test_prox_is_the_minimiser(name):
     """As low as what scipy finds, to the precision of that, and lower than its neighbours."""
     term, rng = TERMS[name][0], np.random.default_rng(1)
@@ -154,7 +155,7 @@ def test_derivative_in_x_is_that_of_the_value(name):
         np.testing.assert_allclose(found["single"], np.abs(z), rtol=1e-14)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@thinned("dtype", ["bfloat16", "float32", "float64"], "bfloat16")
 @every_term
 def test_dtypes_of_terms_are_kept(name, dtype):
     """Whatever that of the weights; and the values are those in float64, to rounding."""
@@ -242,7 +243,7 @@ def test_projections_leave_what_is_inside():
     assert bool(jnp.isfinite(jax.grad(lambda u: nonsmooth.ball(2.0)(u).sum())(jnp.zeros(6))).all())
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@thinned("dtype", ["bfloat16", "float32", "float64"], "bfloat16")
 @every_set
 def test_dtypes_and_trees_of_projections_are_kept(name, dtype):
     """Balls and simplices are those of the vector of all leaves; under vmap, of each row."""
@@ -331,7 +332,7 @@ def test_paths_are_differentiated_through_their_proximal_steps():
 # ---- the ends of the range of a dtype ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@thinned("dtype", ["float16", "bfloat16", "float32"], "float16")
 def test_projections_survive_large_and_shifted_points(dtype):
     """Squares of these points, and sums of them, are out of the range or the precision of their dtype."""
     large = jnp.full(5, 1e4, dtype)

@@ -10,7 +10,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,14 @@ from bilevel_jax.parallel import Weighted, data_mesh, data_parallel, deal, place
 from bilevel_jax.sweep import descend
 from experiments.scaling import COLLECTIVE
 from tests.checks import OPTIMISED
-from tests.tables import SOLVERS, STEPS, aux_like, build, distance, ragged, small, tiny
+from tests.tables import KINDS, SOLVERS, STEPS, aux_like, build, distance, ragged, small, stream, thinned, tiny
 
 UPDATES = 5  # one more than the period of SRBA: a refresh in their midst
-#: One of each kind of stage, table, path and value; the others run in the slow suite.
-FAST = ("saba", "srba", "hoag", "itd_bio", "meha", "bome")
+#: Sizes of the inner and outer batches of the runs on shares that were dealt.
+DEALT = {"soba": (8, 8), "saba": (8, 8), "srba": (12, 8)}
+#: What `make test` finds out in one process, and `make test-all` in another.
+QUICK = ("saba", "means", "tasks", "run of saba")
+REST = (*(name for name in KINDS if name != "saba"), "run of soba", "run of srba", "taken up")
 #: Sums in another order: some units in the last place of numbers of up to about 10.
 ROUNDING = {"float64": 1e-12, "float32": 5e-6}
 
@@ -77,8 +81,8 @@ def differences(names: list[str], dtype: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def whole_run(name: str, mesh: Any, batch_sizes: tuple[int, int]) -> tuple[float, str]:
-    """A run inside one shard_map on shares that were dealt, its difference from one device, and its program."""
+def dealt_run(name: str, batch_sizes: tuple[int, int], mesh: Any) -> tuple[float, list[str]]:
+    """A run inside one shard_map on shares that were dealt: its difference from one device, and what its program sends."""
     q, key, devices = small(), jax.random.key(3), mesh.size
     data = deal(q.data, devices, batch_sizes[0], outer_batch_size=batch_sizes[1])
     problem = data_parallel(q.problem, "data")
@@ -94,7 +98,7 @@ def whole_run(name: str, mesh: Any, batch_sizes: tuple[int, int]) -> tuple[float
     placed = place(data, mesh, P("data"))
     program = many.lower(placed).compile(compiler_options=OPTIMISED)  # as it is looked at
     single = jax.jit(partial(go, q.problem, list(batch_sizes)))(q.data)
-    return distance(program(placed), single), str(program.as_text())
+    return distance(program(placed), single), collectives(str(program.as_text()))
 
 
 def places_of_the_mean(mesh: Any) -> dict[str, float]:
@@ -157,27 +161,27 @@ def collectives(program: str) -> list[str]:
     return [f"{kind} {kept}" for kept, kind in COLLECTIVE.findall(program)]
 
 
-def main(dtype: str, *names: str) -> None:
+#: What is found out besides differences of solvers.
+PARTS: dict[str, Callable[[Any], Any]] = {"means": places_of_the_mean, "tasks": tasks_apart, "taken up": taken_up}
+PARTS |= {f"run of {name}": partial(dealt_run, name, sizes) for name, sizes in DEALT.items()}
+
+
+def main(dtype: str, *parts: str) -> None:
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_disable_most_optimizations", True)
-    found: dict[str, Any] = {"devices": jax.device_count(), "solvers": differences(list(names or SOLVERS), dtype)}
-    if names:
-        mesh = data_mesh()
-        found |= {"means": places_of_the_mean(mesh), "tasks": tasks_apart(mesh), "taken up": taken_up(mesh)}
-        cases = dict.fromkeys(("soba", "saba"), (8, 8)) | {"srba": (12, 8)}
-        found["runs"] = {name: whole_run(name, mesh, sizes) for name, sizes in cases.items()}
-        found["runs"] = {name: (error, collectives(text)) for name, (error, text) in found["runs"].items()}
-    print(json.dumps(found))
+    mesh, names = data_mesh(), [part for part in parts if part in SOLVERS]
+    found = {part: PARTS[part](mesh) for part in parts if part in PARTS}
+    print(json.dumps({"devices": mesh.size, **differences(names, dtype), **found}))
 
 
 # ---- the tests --------------------------------------------------------------------------------------------------------
 
 
-def measured(devices: int, dtype: str, *names: str, seconds: int) -> dict[str, Any]:
+def measured(devices: int, dtype: str, *parts: str, seconds: int) -> dict[str, Any]:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    command = [sys.executable, "-m", "tests.test_parallel", dtype, *names]
+    command = [sys.executable, "-m", "tests.test_parallel", dtype, *parts]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -186,59 +190,64 @@ def measured(devices: int, dtype: str, *names: str, seconds: int) -> dict[str, A
     return found
 
 
-@pytest.fixture(scope="session")
-def four() -> dict[str, Any]:
-    return measured(4, "float64", *FAST, seconds=900)
+@cache
+def together(parts: tuple[str, ...]) -> dict[str, Any]:
+    return measured(4, "float64", *parts, seconds=900)
+
+
+def four(part: str) -> Any:
+    """What one part finds on four devices."""
+    return together(QUICK if part in QUICK else REST)[part]
 
 
 @pytest.mark.parametrize("way", ["spread", "sharded"])
-@pytest.mark.parametrize("name", FAST)
-def test_four_devices_equal_one(name, way, four):
-    assert four["solvers"][name][way] < ROUNDING["float64"]
+@thinned("name", KINDS, "saba")
+def test_four_devices_equal_one(name, way):
+    assert four(name)[way] < ROUNDING["float64"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("devices", "dtype"), [(4, "float64"), (4, "float32"), (8, "float64"), (8, "float32")])
 def test_every_solver_on_many_devices_equals_one(devices, dtype):
-    found = measured(devices, dtype, seconds=3600)["solvers"]
-    assert set(found) == set(SOLVERS)
-    for name, ways in found.items():
-        assert max(ways.values()) < ROUNDING[dtype], (name, ways)
+    found = measured(devices, dtype, *SOLVERS, seconds=3600)
+    for name in SOLVERS:
+        assert max(found[name].values()) < ROUNDING[dtype], (name, found[name])
 
 
-@pytest.mark.parametrize("name", ["soba", "saba", "srba"])
-def test_a_run_on_dealt_shares_equals_one_device(name, four):
+@thinned("name", DEALT, "saba")
+def test_a_run_on_dealt_shares_equals_one_device(name):
     """And only all-reduces are sent: no sample moves."""
-    error, sent = four["runs"][name]
+    error, sent = four(f"run of {name}")
     assert error < 1e-12
     assert {kind.split()[0] for kind in sent} == {"all-reduce"}
 
 
-@pytest.mark.parametrize("name", ["soba", "saba"])
-def test_one_all_reduce_an_update(name, four):
+@thinned("name", ["soba", "saba"], "saba")
+def test_one_all_reduce_an_update(name):
     """Of the directions: 3 vectors like z (5) and 2 like x (3).  What else is sent are the two values of the metric."""
-    _, sent = four["runs"][name]
+    _, sent = four(f"run of {name}")
     sizes = [sum(map(int, re.findall(r"f64\[(\d*)\]", one.replace("[]", "[1]")))) for one in sent]
     assert [size for size in sizes if size > 2] == [3 * 5 + 2 * 3]
     assert sum(sizes) == 3 * 5 + 2 * 3 + 2
 
 
-def test_mean_over_the_devices_belongs_into_the_loss_under_the_flag(four):
+def test_mean_over_the_devices_belongs_into_the_loss_under_the_flag():
     """The other two combinations are wrong in silence: what `data_parallel` is for."""
-    errors = four["means"]
+    errors = four("means")
     assert errors["loss, check_vma=True"] < 1e-12
     assert errors["directions, check_vma=False"] < 1e-12
     assert errors["directions, check_vma=True"] > 0.1
     assert errors["loss, check_vma=False"] > 0.1
 
 
-def test_tasks_on_many_devices_equal_one(four):
-    assert four["tasks"] < 1e-12
+def test_tasks_on_many_devices_equal_one():
+    assert four("tasks") < 1e-12
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("way", ["spread", "sharded"])
-def test_a_long_run_on_many_devices_is_taken_up(way, four):
-    assert four["taken up"][way]
+def test_a_long_run_on_many_devices_is_taken_up(way):
+    assert four("taken up")[way]
 
 
 # On one device: the rules are the same.
@@ -291,13 +300,12 @@ def test_weighted_rows_need_one_value_a_sample():
 
 def test_weights_of_a_batch_are_not_lost():
     """`sharded` moves them into the data; a solver in a shard_map of one's own refuses them."""
-    problem, sampler = tiny().problem, samplers.uniform(3)
+    problem, batch = tiny().problem, stream(1)[0]
     solver = build("soba", data_parallel(problem, "data"))
-    batch = sampler.batches(tiny().data, jax.random.key(0), 0, 1)
     specs = Batch(P(None, "data"), P(None, "data"), P(), P(), P(None, "data"), P("data"))
     state = build("soba", problem).init(tiny().start, batch)
     with pytest.raises(ValueError, match="got a scalar loss, expected one value a sample"):
-        jax.shard_map(solver.update, mesh=data_mesh(), in_specs=(P(), specs), out_specs=P())(state, batch)
+        jax.eval_shape(jax.shard_map(solver.update, mesh=data_mesh(), in_specs=(P(), specs), out_specs=P()), state, batch)
     moved = sharded(problem, partial(build, "soba"), data_mesh()).update(state, batch)
     assert distance(moved.vars, build("soba", problem).update(state, batch).vars) < 1e-12
 

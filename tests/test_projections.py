@@ -10,7 +10,7 @@ from bilevel_jax import Problem, Vars, run, samplers, solvers
 from bilevel_jax.projections import project, prox
 from bilevel_jax.testing import Quadratic
 from tests.checks import check_same
-from tests.tables import STEPS, small
+from tests.tables import STEPS, small, thinned
 
 
 def box(tree):
@@ -30,7 +30,7 @@ def apply(opt, params, grads, times=1):
     return params, state
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@thinned("dtype", ["float32", "float64", "bfloat16"], "bfloat16")
 def test_projected_step_lands_on_the_projection(dtype):
     params = {"a": jnp.asarray([0.0, 0.4], dtype), "b": [jnp.asarray(0.125, dtype)]}
     grads = {"a": jnp.asarray([1.0, -1.0], dtype), "b": [jnp.asarray(-0.125, dtype)]}
@@ -40,7 +40,7 @@ def test_projected_step_lands_on_the_projection(dtype):
     check_same(free, apply(optax.sgd(1.0), params, grads)[0])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@thinned("dtype", ["float32", "float64", "bfloat16"], "bfloat16")
 def test_proximal_step_is_that_of_the_gradient_step(dtype):
     params, grads = jnp.asarray([1.0, -0.25, 0.5], dtype), jnp.asarray([0.5, 0.0, 2.0], dtype)
     moved, state = apply(optax.chain(optax.sgd(0.5), prox(soft, 0.25)), params, grads)
@@ -91,6 +91,7 @@ def test_projected_saba_solves_the_constrained_problem():
     assert float(jnp.abs(q.gradient(x)).max()) > 1e-2
 
 
+@pytest.mark.more
 def test_proximal_saba_solves_the_penalised_problem():
     """min h(x) + 0.3 |x|_1: the gradient is -0.3 sign(x) where x is not zero, and at most 0.3 where it is."""
     q = small()

@@ -1,6 +1,7 @@
 """Rates on the quadratic in float64: who reaches the solution with constant steps, how fast, and who does not."""
 
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from bilevel_jax import Vars, descend, implicit, run, samplers, solvers, sweep
 from bilevel_jax.estimators import plain, saga
 from bilevel_jax.linear_solve import neumann
 from bilevel_jax.oracles import aid
-from tests.tables import STEPS, small
+from tests.tables import STEPS, small, thinned
 
 REDUCED = {
     "saba": solvers.saba,
@@ -41,17 +42,7 @@ def errors(make, batch_size, scales=(1.0,), steps=2000, every=50):
     return np.asarray(jax.jit(jax.vmap(one))(jnp.asarray(np.array(scales))))
 
 
-@pytest.mark.parametrize(
-    ("name", "batch_size"),
-    [
-        ("saba", 5),
-        ("saba", 8),
-        ("srba", 5),
-        ("spaba", 5),
-        pytest.param("srba", 8, marks=pytest.mark.slow),
-        pytest.param("spaba", 8, marks=pytest.mark.slow),
-    ],
-)
+@thinned(("name", "batch_size"), list(product(("saba", "srba", "spaba"), (5, 8))), ("saba", 5), ("srba", 5))
 def test_variance_reduction_reaches_the_solution(name, batch_size):
     """Constant steps, batches that divide 32 samples and that do not; the log error falls on a line."""
     error = errors(REDUCED[name], batch_size)[0]
@@ -65,7 +56,7 @@ def test_variance_reduction_reaches_the_solution(name, batch_size):
     assert -0.03 < slope < -0.005  # decades a step
 
 
-@pytest.mark.parametrize("name", ["soba", "ma_soba", pytest.param("fsla", marks=pytest.mark.slow)])
+@thinned("name", ["soba", "ma_soba", "fsla"], "soba")
 def test_noise_leaves_a_plateau_that_falls_with_the_steps(name):
     """Constant steps: the norm stalls at about the root of the step sizes, far above the floor of SABA."""
     error = errors(NOISY[name], 5, scales=(1.0, 0.25), steps=6000, every=200)
@@ -75,7 +66,7 @@ def test_noise_leaves_a_plateau_that_falls_with_the_steps(name):
     assert 1.4 < large / small_ < 4
 
 
-@pytest.mark.parametrize("reduced", ["inner", pytest.param("outer", marks=pytest.mark.slow)])
+@thinned("reduced", ["inner", "outer"], "inner")
 def test_variance_reduction_of_one_variable_is_not_enough(reduced):
     """SAGA on z, or on x, alone stalls as SOBA does."""
 
@@ -89,7 +80,7 @@ def test_variance_reduction_of_one_variable_is_not_enough(reduced):
     assert errors(make, 5, steps=1600)[0][-10:].mean() > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_double_momentum_is_nearer_than_plain_steps_of_the_same_size():
     """Means over 32 seeds of |grad h|^2 after 3200 updates on single samples, whose noise is on the matrices, too.
 

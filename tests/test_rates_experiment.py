@@ -25,6 +25,7 @@ def verdicts(rows):
     return {row["claim"]: row["verdict"] for row in rows}
 
 
+@pytest.mark.more
 def test_truncation_has_its_slope(gapped):
     """ITD and Neumann within 5 % of log(1 - a mu); a mu that is off by a seventh is refused."""
     rows = rate_claims.truncation(gapped, 1 / 20, counts=(60, 140))
@@ -35,6 +36,7 @@ def test_truncation_has_its_slope(gapped):
     assert rate_claims.claim("", "=", wrong, itd, -0.05 * wrong)["verdict"] == "does not hold"
 
 
+@pytest.mark.more
 def test_hypergradients_agree():
     """Dense, conjugate gradients, a long Neumann sum, a long path, finite differences and the closed form."""
     q = small()

@@ -99,6 +99,7 @@ def listening(processes):
     return found
 
 
+@pytest.mark.more
 def test_a_master_that_is_killed_goes_on_from_its_checkpoint(tmp_path, leaving):
     command = [sys.executable, "-m", "tests.cluster_jobs", str(tmp_path / "run")]
     environment = os.environ | {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}  # and not a minute
@@ -126,6 +127,7 @@ def test_a_master_that_is_killed_goes_on_from_its_checkpoint(tmp_path, leaving):
     assert all(np.isfinite(float(loss)) for _, loss in rows)
 
 
+@pytest.mark.more
 def test_workers_that_are_killed_are_restored(undisturbed):
     with workers_of() as workers:
         first = {}
@@ -149,6 +151,7 @@ def test_workers_that_are_killed_are_restored(undisturbed):
     assert not alive
 
 
+@pytest.mark.more
 def test_workers_that_hang_or_answer_nonsense_are_restored(synchronous, tmp_path):
     _, loader, _ = toy()
 
@@ -177,6 +180,7 @@ def test_workers_that_hang_or_answer_nonsense_are_restored(synchronous, tmp_path
     check_same(jax.device_get(master), synchronous, tol=1e-12)
 
 
+@pytest.mark.more
 def test_workers_come_back_by_themselves_even_if_they_were_idle(synchronous):
     """Of three that are all awaited one is late; of those that have answered one is killed, then the late one itself."""
     # 1 + 20 + 5 messages a worker until the reply after the first cut
@@ -195,6 +199,7 @@ def test_workers_come_back_by_themselves_even_if_they_were_idle(synchronous):
     check_same(jax.device_get(master), synchronous, tol=1e-12)
 
 
+@pytest.mark.more
 def test_evicted_workers_are_ended_and_the_last_one_goes_on():
     _, loader, _ = toy()
 
@@ -246,6 +251,7 @@ def test_a_loader_that_cannot_be_pickled_leaves_no_session_open(monkeypatch):
     assert closed == [None]
 
 
+@pytest.mark.more
 def test_addresses_are_refused_that_cannot_be_meant():
     method, load, _ = toy()
     with pytest.raises(RuntimeError, match="address: got one, but Ray was imported for this machine only"):

@@ -78,6 +78,7 @@ def test_import_touches_no_device_network_flag_or_extra():
     assert {name.replace(".", "/") for name in modules} == {file.removesuffix("/__init__") for file in files}
 
 
+@pytest.mark.more
 def test_imports_of_the_experiments_touch_no_device():
     """`experiments.speed` keeps to one core by what it does before jax starts, and others ask for several CPU devices."""
     found = watched_import("experiments", ROOT)

@@ -184,15 +184,16 @@ def test_minibatches_of_a_worker_are_numbered_by_what_it_received():
     data, key, sampler = Levels(jnp.asarray(rows), jnp.asarray(rows)), jax.random.key(7), samplers.uniform(4)
     plan = schedule(RANDOM, method, steps=5, quorum=2, max_staleness=6)
     master, _ = go(method, sampler, plan, data, key)
+    draw, work = jax.jit(lambda own, key, t: samplers.take_draw(sampler.batches(own, key, t, 1), 0)), jax.jit(method.work)
     for i in range(N):  # without consensus and cuts worker i is plain stochastic gradient descent
         worker, received = jax.tree.map(lambda leaf, i=i: leaf[i], adbo.workers(method.init())), 0
         for t in np.flatnonzero(plan.worked[:, i]):
             own = jax.tree.map(lambda leaf, i=i: leaf[i], data)
-            batch = samplers.take_draw(sampler.batches(own, jax.random.fold_in(key, i), jnp.int32(received), 1), 0)
-            worker, received = method.work(worker, batch), t + 1
+            worker, received = work(worker, draw(own, jax.random.fold_in(key, i), jnp.int32(received))), t + 1
         np.testing.assert_allclose(master.inner[i], worker.inner, rtol=1e-12)
 
 
+@pytest.mark.more
 def test_the_loops_over_workers_agree(method, data):
     plan = schedule(RANDOM, method, steps=40, quorum=2, max_staleness=6)
     loops = jax.jit(simulate.simulate, static_argnums=(0, 1), static_argnames="loop")

@@ -15,10 +15,12 @@ from experiments.speed.__main__ import Settings, main
 from experiments.speed.shapes import BATCH, FULL, QUICK, SHAPES
 from experiments.speed.steps import SOLVERS
 from experiments.speed.timing import CAN_PIN, Program, Times, build, copies, interleave, pinned
+from tests.tables import thinned
 
 MEASURED = ["wall_us", "process_us", "spread", "compile_s", "peak_mb"]
 
 
+@pytest.mark.more
 @pytest.mark.usefixtures("optimised")
 def test_command_writes_complete_tables(tmp_path, capsys):
     out = tmp_path / "new" / "folder"
@@ -53,7 +55,7 @@ def test_command_writes_complete_tables(tmp_path, capsys):
     assert all(name in printed for name in ("saba", "host loop", "peak_mb"))
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@thinned("name", SHAPES, "ijcnn1")
 def test_floor_is_soba(name):
     shape = SHAPES[name](QUICK[name])._replace(rates=Vars(0.1, 0.1, 1.0))  # so large that x moves, too
     batches = samplers.uniform(BATCH).batches(shape.data, jax.random.key(2), 0, 50)._replace(full=None)
@@ -131,7 +133,7 @@ def test_nonsense_is_refused(tmp_path):
         main(["--repeats", "0", "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@thinned("name", SOLVERS, "floor", "saba")
 def test_options_name_every_case(name):
     assert name == "floor" or name in Settings().solvers
     assert Settings().shapes == tuple(SHAPES) == tuple(QUICK) == tuple(FULL)

@@ -13,6 +13,7 @@ from experiments.speed import device_cases, devices
 from experiments.speed.__main__ import main
 from experiments.speed.device_cases import Size
 from experiments.speed.shapes import SHAPES, Sizes
+from tests.tables import thinned
 
 SMALL = Size(Sizes(256, 128, 8, 3), 64)
 #: Step sizes of x so large that it moves: a row of "cleaning" carries 1 / 256.
@@ -28,7 +29,7 @@ def after(solver, shape, steps, at):
     return state.vars
 
 
-@pytest.mark.parametrize("kind", RATES)
+@thinned("kind", RATES, "ijcnn1")
 @pytest.mark.parametrize("name", ["aid_cg", "meha"])
 def test_floors_are_the_solvers(name, kind):
     shape = SHAPES[kind](SMALL.sizes)._replace(rates=Vars(0.1, 0.1, RATES[kind]))
@@ -41,7 +42,7 @@ def test_floors_are_the_solvers(name, kind):
         assert np.abs(a - before).max() > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_floor_of_maml_is_maml():
     entries = device_cases.maml(devices.QUICK.tasks)
     ends = {name: entry.program.call(entry.program.carry) for name, entry in entries.items()}
@@ -52,6 +53,7 @@ def test_floor_of_maml_is_maml():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.more
 @pytest.mark.usefixtures("optimised")
 def test_counts_are_those_of_xla_where_it_can_count():
     """At a size where products are nearly all."""
@@ -66,7 +68,7 @@ def test_counts_are_those_of_xla_where_it_can_count():
     assert work.bytes == 4 * (6 * 128 * 128 + 2 * (2 * 128 * 64 + 512))
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_counts_by_hand():
     work = {}
     for name in ("soba", "saba", "srba", "aid_cg"):
@@ -84,6 +86,7 @@ def test_counts_by_hand():
     assert work["saba"].bytes == work["soba"].bytes + 2 * rows
 
 
+@pytest.mark.more
 def test_command(tmp_path, capsys):
     given = ["--cases", "logistic", "--solvers", "saba", "meha", "--quick", "--repeats", "2", "--out", str(tmp_path)]
     main(["--device=gpu", *given])

@@ -16,6 +16,7 @@ TORCH_PYTHON = os.environ.get("TORCH_PYTHON", sys.executable)
 NOTES, MEHA = KNOWN["merely_convex"], Method(meha, {})
 
 
+@pytest.mark.more
 def test_the_best_setting_is_the_one_of_the_fewest_calls():
     """36 updates at the first setting; the second gets there later, the third not at all."""
     row = best(MEHA, merely_convex(3), [NOTES | {"alpha": 0.02}, NOTES, NOTES | {"c": 1e6}], Settings(limit=200))
@@ -30,6 +31,7 @@ def test_what_does_not_get_there_is_said():
     assert (row["reached"], row["updates"]) == (False, 50)
 
 
+@pytest.mark.more
 def test_command_writes_a_complete_table(tmp_path):
     main(
         ["first_order", "--problems", "merely_convex", "--dim", "4", "--limit", "60", "--repeats", "1", "--out", str(tmp_path)]

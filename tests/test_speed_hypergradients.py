@@ -14,6 +14,7 @@ from bilevel_jax.results import Result
 from experiments.speed import implicit, torch_worker, unrolled
 from experiments.speed.__main__ import main
 from experiments.speed.hypergradients import NAMES, TINY, Others, Settings, cases, measure, torch_variants
+from tests.tables import thinned
 
 COLUMNS = ["case", "variant", "wall_ms", "best_ms", "spread", "wall_over_floor", "process_over_floor"]
 COLUMNS += ["error", "residual", "result", "memory_mib", "compile_s"]
@@ -63,7 +64,7 @@ def test_reference_is_the_hypergradient(logistic):
     assert logistic.scale == pytest.approx(np.linalg.norm(fz))
 
 
-@pytest.mark.parametrize("name", implicit.VARIANTS)
+@thinned("name", implicit.VARIANTS, "cg by hand", "ours cg", "ours auto")
 def test_implicit_variants_agree_with_a_direct_solve(logistic, name):
     outcome = made(logistic, name)
     assert relative(outcome.gradient, logistic) < LOOSER.get(name, 1e-5)
@@ -72,6 +73,7 @@ def test_implicit_variants_agree_with_a_direct_solve(logistic, name):
     assert int(outcome.code) == (Result.SUCCESSFUL if ours else -1)
 
 
+@pytest.mark.more
 def test_neumann_is_given_the_largest_eigenvalue(logistic):
     hessian, fz, cross, _ = system(logistic)
     values, vectors = np.linalg.eigh(hessian)
@@ -94,10 +96,7 @@ def test_reference_of_unrolling_is_a_derivative(network):
     assert network.reference @ direction == pytest.approx(float(difference), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name == "optimistix recursive" else name for name in unrolled.VARIANTS],
-)
+@thinned("name", unrolled.VARIANTS, "scan by hand", "ours step", slow=("optimistix recursive",))
 def test_unrolled_variants_agree_with_the_plain_scan(network, name):
     assert relative(made(network, name).gradient, network) < 1e-10
 

@@ -15,12 +15,13 @@ from experiments.speed.__main__ import main
 from experiments.speed.hypergradients import torch_variants
 from experiments.speed.meta import NAMES, TINY, Settings
 from experiments.speed.meta_cases import Sizes
+from tests.tables import thinned
 
 TORCH_PYTHON = os.environ.get("TORCH_PYTHON", sys.executable)
 KINDS = ("convolution", "mlp")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[pytest.param(kind, marks=[pytest.mark.more] * (kind != "mlp")) for kind in KINDS])
 def case(request):
     return meta_cases.case(request.param, TINY)
 
@@ -54,7 +55,7 @@ def test_reference_is_a_derivative(case):
     assert case.reference @ u == pytest.approx(float(difference), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", meta_cases.VARIANTS)
+@thinned("name", meta_cases.VARIANTS, "ours scan", "ours vmap")
 def test_variants_agree_with_the_reference(case, name):
     if name not in case.variants:
         assert "lax.conv" in name
@@ -90,6 +91,7 @@ def test_command_writes_a_complete_table(tmp_path, capsys):
     assert "ours vmap" in capsys.readouterr().out
 
 
+@pytest.mark.more
 def test_another_gradient_is_an_error(tmp_path, monkeypatch):
     """A variant that does less work is found out."""
     make = meta_cases.VARIANTS["ours vmap"]

@@ -18,7 +18,7 @@ from bilevel_jax.loop import several
 from bilevel_jax.types import Slot
 from experiments import streaming
 from tests.checks import check_no_copies, check_same, optimised
-from tests.tables import build, tiny, tiny_sampler, tiny_start
+from tests.tables import build, thinned, tiny, tiny_sampler, tiny_start
 from tests.test_tables import SLOTS, setting, shapes_of_tables
 
 KEY = 5
@@ -47,7 +47,7 @@ def table() -> Levels:
     [samplers.uniform(5, outer_batch_size=31), samplers.uniform(8), samplers.epochs(8), samplers.epochs(8, remainder="drop")],
     ids=["all blocks full", "ragged", "epochs", "epochs, dropped"],
 )
-@pytest.mark.parametrize(("draws", "start"), [(3, 0), (4, 26)])
+@thinned(("draws", "start"), [(3, 0), (4, 26)], (4, 26))
 def test_draws_are_those_of_the_sampler(tmp_path, monkeypatch, sampler, draws, start):
     """Bit for bit: rows, weights, slots and keys; from any draw on, and over the stretches in which they are planned."""
     monkeypatch.setattr(readers, "STRETCH", 12)
@@ -66,7 +66,7 @@ def test_other_keys_are_those_of_the_sampler(tmp_path):
     check_same(batch, tiny_sampler().batches(tiny().data, key, 0, 2)._replace(full=None))
 
 
-@pytest.mark.parametrize(("name", "updates"), [("saba", 1), ("saba", 4), ("fsla", 3)])
+@thinned(("name", "updates"), [("saba", 1), ("saba", 4), ("fsla", 3)], ("saba", 4))
 def test_a_stream_from_files_is_the_run_in_memory(tmp_path, name, updates):
     """And one that is taken up equals one that was not, bit for bit."""
     q, solver = tiny(), build(name, tiny().problem)
@@ -130,7 +130,7 @@ def test_batches_are_read_before_they_are_asked_for(reads, ahead):
     assert all(name.startswith("reader") for name in reads)
 
 
-@pytest.mark.parametrize("way", ["closed", "forgotten"])
+@thinned("way", ["closed", "forgotten"], "forgotten")
 def test_the_thread_ends_with_its_reader(way):
     before = set(threading.enumerate())  # readers of other tests may be ending
     found = readers.from_arrays(samplers.uniform(8), table(), jax.random.key(0), draws=2)
@@ -174,6 +174,7 @@ def test_without_a_cpu_the_default_device_plans(monkeypatch):
     check_same(next(readers.from_arrays(samplers.uniform(8), table(), jax.random.key(0), draws=2)), expected)
 
 
+@pytest.mark.more
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_memory_does_not_grow_with_the_file(tmp_path):
     """A file of 1 GB, with holes in it, of which a hundred batches are read."""
@@ -211,7 +212,7 @@ def test_a_loader_of_numpy_arrays_is_stacked_on_the_host(monkeypatch):
 # ---- several updates as one ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["saba", "srba", "amigo"])
+@thinned("name", ["saba", "srba", "amigo"], "saba")
 def test_several_updates_are_as_many_single_ones(name):
     q, solver = tiny(), build(name, tiny().problem)
     many = several(solver, 3)
@@ -277,6 +278,7 @@ def test_several_is_checked():
 # ---- the experiment -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.more
 def test_experiment(tmp_path):
     """Small: that it runs, and writes what it prints; and that the two sides do the same."""
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

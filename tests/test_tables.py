@@ -1,6 +1,7 @@
 """The programs that are compiled: no table is ever copied, and a refresh stays a branch."""
 
 import inspect
+from itertools import product
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from bilevel_jax import (
 from bilevel_jax.estimators import saga, total
 from bilevel_jax.types import Batch, Estimator, Solver, Table, Terms
 from tests.checks import check_no_copies, optimised, table_copies
-from tests.tables import SOLVERS, STEPS, build, tiny, tiny_sampler, tiny_start
+from tests.tables import KINDS, SOLVERS, STEPS, build, thinned, tiny, tiny_sampler, tiny_start
 
 OPTS = Vars(*map(optax.sgd, STEPS))
 SLOTS = (37, 41)  # unmistakable numbers of blocks
@@ -84,18 +85,11 @@ def host_text(solver: Solver, size: str) -> tuple[str, set[tuple[int, ...]]]:
     return optimised(jax.jit(solver.update, donate_argnums=0), state, batches), shapes_of_tables(state)
 
 
-@pytest.mark.parametrize(
+@thinned(
     ("how", "size"),
-    [
-        ("scan", "short rows"),
-        ("host loop", "short rows"),
-        ("host loop", "long rows"),
-        ("seeds", "short rows"),
-        ("guard", "long rows"),
-        pytest.param("scan", "long rows", marks=pytest.mark.slow),  # the guarded scan is the harder one
-        pytest.param("seeds", "long rows", marks=pytest.mark.slow),
-        pytest.param("guard", "short rows", marks=pytest.mark.slow),
-    ],
+    list(product(("scan", "host loop", "seeds", "guard"), ("short rows", "long rows"))),
+    ("host loop", "short rows"),
+    ("guard", "long rows"),  # harder than the scan without a guard
 )
 def test_saba_copies_no_table(how, size):
     solver = solvers.saba(setting(size)[0], OPTS)
@@ -170,7 +164,7 @@ def test_the_check_finds_copies_where_they_are():
         check_no_copies(text, (1234, 5))
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_naive_saga_is_saga():
     """So that the copies above are the price of the layout, not of another method."""
     problem, sampler, start, data = setting("short rows")
@@ -203,7 +197,7 @@ BRANCHES = {"srba": (1, 1), "vrbo": (1, 1), "spaba": (1, 0), "sustain": (2, 0)}
 BRANCHES |= dict.fromkeys(("aid_bio", "ba", "hoag", "bsa", "ttsa"), (1, 0))
 
 
-@pytest.mark.parametrize(("name", "guarded"), [*((name, False) for name in SOLVERS), ("srba", True)])
+@thinned(("name", "guarded"), [*((name, False) for name in SOLVERS), ("srba", True)], *((name, False) for name in KINDS))
 def test_branches_under_vmap(name, guarded):
     """Refreshes stay branches under vmap over keys; SPABA's coins, lengths of products and checks of conjugate gradients
     differ from lane to lane, so they cannot."""

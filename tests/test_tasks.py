@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel_jax import Levels, Problem, Vars, run, samplers, solvers, tasks
 from tests.checks import check_same
-from tests.tables import distance
+from tests.tables import distance, thinned
 from tests.task_problems import (
     NETWORK,
     POINT,
@@ -75,8 +75,8 @@ def classification(apply):
     return Problem(loss, loss)
 
 
-@pytest.mark.parametrize("method", ["maml", "anil"])
-@pytest.mark.parametrize("kind", ["linen", "nnx"])
+@thinned("method", ["maml", "anil"], "anil")
+@thinned("kind", ["linen", "nnx"], "nnx")
 def test_finite_differences_on_a_convolution_network(kind, method):
     """Of the mean query loss after three inner steps that are written out, along a random direction."""
     params, apply, support, query = flax_model(kind)
