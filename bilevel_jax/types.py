@@ -111,11 +111,15 @@ class Oracle(NamedTuple):
     ``calls(moved)`` is the cost of the terms of the variables in ``moved`` (a ``Vars`` of bool).  A *composite* oracle, whose
     terms are not means over the samples, says how many draws it takes; it gets them stacked, and returns a result code
     beside its terms.
+
+    ``check(vars, draw)`` looks at the losses before anything is compiled, on one draw (shapes will do): a stage that moves x
+    calls it in ``init``.
     """
 
     terms: Callable[[Vars, Batch, Array], Terms | tuple[Terms, Array]]
     calls: Callable[[Vars], Calls]
     draws: int | None = None  # None: one draw, not stacked
+    check: Callable[[Vars, Batch], None] | None = None
 
 
 #: What an estimator sees: an oracle whose step is bound and whose terms are pruned to the variables that move.  It may be
