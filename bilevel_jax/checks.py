@@ -153,8 +153,8 @@ def shown(value: Any) -> str:
     """A value in a message: numbers, strings and containers, cut short where they are long; of anything else its type.
 
     Example:
-        >>> shown("saba"), shown(np.ones(10_000)), shown([0] * 10_000)
-        ("'saba'", 'float64[10000]', '[0, 0, 0, 0, 0, 0, ...]')
+        >>> shown("saba"), shown(np.ones(9, np.float32)), shown([0] * 10_000)
+        ("'saba'", 'float32[9]', '[0, 0, 0, 0, 0, 0, ...]')
     """
     plain = value is None or isinstance(value, bool | int | float | complex | str | list | tuple | dict)
     return reprlib.repr(value) if plain else describe(value)

@@ -18,7 +18,7 @@ from bilevel_jax.types import Loss, PyTree
 Rule = Callable[[Any, list[frozenset]], frozenset]
 
 #: Equations whose own jaxpr takes the same inputs, and is entered.
-_ENTERED = ("jit", "checkpoint", "shard_map")
+_ENTERED = ("jit", "remat2", "checkpoint", "shard_map")
 
 
 def _follow(jaxpr: Any, marks: list[frozenset], rule: Rule) -> list[frozenset]:
