@@ -5,6 +5,7 @@ is traced and costs the compiled program nothing.
 """
 
 import inspect
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,13 +18,13 @@ from jax import lax
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
-from bilevel_jax.types import Array, PyTree
+from bilevel_jax.types import Array, Batch, PyTree, Vars
 
 
 def positive_int(name: str, value: Any, least: int = 1) -> int:
     """Return ``value`` if it is an integer of at least ``least``, else raise TypeError or ValueError naming ``name``."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected an int")
+        raise TypeError(f"{name}: got {shown(value)} of type {type(value).__name__}, expected an int")
     if value < least:
         raise ValueError(f"{name}: got {value}, expected at least {least}")
     return int(value)
@@ -34,7 +35,7 @@ def unit_interval(name: str, value: Any) -> None:
     if callable(value) or isinstance(value, Tracer):
         return
     if np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.number):
-        raise TypeError(f"{name}: got {value!r}, expected a number in [0, 1] or a schedule")
+        raise TypeError(f"{name}: got {shown(value)}, expected a number in [0, 1] or a schedule")
     if not 0 <= float(value) <= 1:
         raise ValueError(f"{name}: got {value}, expected a number in [0, 1]")
 
@@ -44,7 +45,7 @@ def positive(name: str, value: Any, *, schedule: bool = False) -> None:
     if isinstance(value, Tracer) or (schedule and callable(value)):
         return
     if callable(value) or np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.number):
-        raise TypeError(f"{name}: got {value!r}, expected a positive number{' or a schedule' * schedule}")
+        raise TypeError(f"{name}: got {shown(value)}, expected a positive number{' or a schedule' * schedule}")
     if not 0 < float(value) < np.inf:
         raise ValueError(f"{name}: got {value}, expected a positive number")
 
@@ -52,7 +53,7 @@ def positive(name: str, value: Any, *, schedule: bool = False) -> None:
 def number(name: str, value: Any, zero: bool = False) -> Any:
     """The value if it is a positive finite number (or 0, if ``zero``), else TypeError or ValueError; traced ones pass."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
-        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a number")
+        raise TypeError(f"{name}: got {shown(value)} of type {type(value).__name__}, expected a number")
     known = not isinstance(value, Tracer) and np.ndim(value) == 0
     if known and not (0 < value < np.inf or (zero and value == 0)):
         raise ValueError(f"{name}: got {value}, expected a finite number {'of at least' if zero else 'above'} 0")
@@ -97,7 +98,9 @@ def kind(name: str, value: Any, wanted: Any, expected: str) -> None:
 def wrong_kind(name: str, value: Any, wanted: Any, expected: str) -> TypeError:
     """The error; where ``value`` is a function that makes what is wanted, it asks whether it was to be called."""
     if not inspect.isfunction(value):
-        given = f"{value!r} of type {type(value).__name__}" if isinstance(value, str | int | float) else type(value).__name__
+        given = (
+            f"{shown(value)} of type {type(value).__name__}" if isinstance(value, str | int | float) else type(value).__name__
+        )
         return TypeError(f"{name}: got {given}, expected {expected}")
     signature, hint = inspect.signature(value), ""
     if signature.return_annotation in (wanted, signature.empty) and value.__name__ != "<lambda>":
@@ -124,15 +127,43 @@ def takes(function: Any, count: int) -> bool:
 def typed_key(name: str, key: Any) -> None:
     """Raise TypeError or ValueError unless ``key`` is one typed key."""
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        given = describe(key) if hasattr(key, "dtype") else f"{key!r} of type {type(key).__name__}"
+        given = describe(key) if is_array(key) else f"{shown(key)} of type {type(key).__name__}"
         raise TypeError(f"{name}: got {given}, expected a typed key, as jax.random.key(0) makes")
     if key.shape:
         raise ValueError(f"{name}: got an array of keys of shape {key.shape}, expected one key: map over them with jax.vmap")
 
 
+def is_array(leaf: Any) -> bool:
+    """Whether JAX takes a leaf for an array: of NumPy or JAX, traced or a shape alone, of numbers or typed keys.
+
+    An attribute ``shape`` does not make an array: data frames and tensors of other packages have one, too.
+    """
+    if isinstance(leaf, np.ndarray | np.generic):
+        numbers = leaf.dtype == np.bool_ or (jnp.issubdtype(leaf.dtype, np.number) and leaf.dtype.char not in "gG")
+        return numbers and not isinstance(leaf, np.ma.MaskedArray)
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or hasattr(leaf, "__jax_array__")
+
+
 def describe(leaf: Any) -> str:
     """The dtype and shape of an array, as ``float32[3, 4]``; of anything else its type."""
-    return f"{jnp.result_type(leaf)}{list(np.shape(leaf))}" if hasattr(leaf, "dtype") else type(leaf).__name__
+    return f"{jnp.result_type(leaf)}{list(np.shape(leaf))}" if is_array(leaf) else type(leaf).__name__
+
+
+def shown(value: Any) -> str:
+    """A value in a message: numbers, strings and containers, cut short where they are long; of anything else its type.
+
+    Example:
+        >>> shown("saba"), shown(np.ones(9, np.float32)), shown([0] * 10_000)
+        ("'saba'", 'float32[9]', '[0, 0, 0, 0, 0, 0, ...]')
+    """
+    plain = value is None or isinstance(value, bool | int | float | complex | str | list | tuple | dict)
+    return reprlib.repr(value) if plain else describe(value)
+
+
+def cut(value: Any, length: int = 100) -> str:
+    """The text of a value, cut short where it is longer."""
+    text = str(value)
+    return text if len(text) <= length else text[:length] + " ..."
 
 
 class _Bare(str):
@@ -147,11 +178,10 @@ def evaluating(function: str, **arguments: PyTree) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        shown = []
+        parts = []
         for name, tree in arguments.items():
-            text = str(jax.tree.map(lambda leaf: _Bare(describe(leaf)), tree))
-            shown.append(f"{name}: {text if len(text) <= 300 else text[:300] + ' ...'}")
-        error.add_note(f"while evaluating {function}({', '.join(shown)})")
+            parts.append(f"{name}: {cut(jax.tree.map(lambda leaf: _Bare(describe(leaf)), tree), 300)}")
+        error.add_note(f"while evaluating {function}({', '.join(parts)})")
         raise
 
 
@@ -160,28 +190,99 @@ def path_name(name: str, path: tuple) -> str:
     return name + jax.tree_util.keystr(path)
 
 
-def floating(name: str, tree: PyTree) -> None:
-    """Raise TypeError unless ``tree`` has leaves and all of them are floating-point arrays."""
+#: How users of other packages get an array, by the package of a type.
+_TO_ARRAY = {
+    **dict.fromkeys(("pandas", "polars", "xarray"), "use .to_numpy()"),
+    "scipy": "use .toarray(), or pass the indices and the values of its entries as arrays",
+    **dict.fromkeys(("torch", "tensorflow"), "use .numpy()"),
+}
+
+
+def _no_array(name: str, leaf: Any) -> TypeError:
+    """The error for a leaf that is no array, with the way to make it one."""
+    package, given = type(leaf).__module__.split(".")[0], type(leaf).__name__
+    if isinstance(leaf, bool | int | float | complex | list | tuple):
+        hint = "make it one with jnp.asarray"
+    elif package in _TO_ARRAY:
+        given, hint = f"a {package} {given}", _TO_ARRAY[package]
+    elif isinstance(leaf, np.ma.MaskedArray):
+        hint = "use .filled(...), or a mask beside it"
+    elif isinstance(leaf, np.ndarray | np.generic):
+        given, hint = f"{given} of dtype {leaf.dtype}", "only numbers can be computed with"
+    else:
+        hint = "what is not one can stand outside of the pytree, where the losses see it"
+    return TypeError(f"{name}: got {given}, expected an array: {hint}")
+
+
+def arrays(name: str, tree: PyTree) -> None:
+    """Raise TypeError unless all leaves of ``tree`` are arrays; a list or tuple of numbers counts as one leaf."""
+
+    def plain(leaf: Any) -> bool:
+        return isinstance(leaf, bool | int | float | complex | str) and not isinstance(leaf, np.generic)
+
+    def numbers(node: Any) -> bool:
+        below = jax.tree.leaves(node) if type(node) is list else node if type(node) is tuple else ()
+        return bool(below) and all(map(plain, below))
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=numbers):
+        if not is_array(leaf):
+            raise _no_array(path_name(name, path), leaf)
+
+
+def floating(name: str, tree: PyTree) -> PyTree:
+    """``tree`` with its leaves as `jax.numpy.asarray` makes them: float64 becomes float32 while ``jax_enable_x64`` is off.
+
+    Raises:
+        TypeError: unless ``tree`` has leaves and all of them are floating-point arrays.
+    """
+    arrays(name, tree)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(f"{path_name(name, path)}: got {type(leaf).__name__}, expected an array with values")
+    tree = jax.tree.map(jnp.asarray, tree)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if not leaves:
-        raise TypeError(f"{name}: got {tree!r}, expected a pytree of floating-point arrays")
+        raise TypeError(f"{name}: got {shown(tree)}, expected a pytree of floating-point arrays")
+    keys = any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for _, leaf in leaves)
     for path, leaf in leaves:
-        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-            raise TypeError(f"{path_name(name, path)}: got {type(leaf).__name__}, expected an array")
-        if leaf.dtype == np.float64 and not jax.enable_x64.value:
-            raise TypeError(
-                f"{path_name(name, path)}: got {leaf.dtype}{list(leaf.shape)} while jax_enable_x64 is off, which would round "
-                "it in silence; expected float32, or jax.config.update('jax_enable_x64', True)"
-            )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(f"{path_name(name, path)}: got {describe(leaf)}, expected a floating-point array")
+            hint = (
+                "take the parameters of a model without its random state, with flax.nnx as "
+                "graphdef, params, rest = nnx.split(model, nnx.Param, ...)"
+                if keys
+                else "convert it with .astype(jnp.float32), or pass it among the data"
+            )
+            raise TypeError(f"{path_name(name, path)}: got {describe(leaf)}, expected a floating-point array: {hint}")
+    return tree
+
+
+def variables(vars: Any) -> Vars:
+    """``Vars`` with leaves as `floating` makes them; None stays.
+
+    Raises:
+        TypeError: for anything but ``Vars``, and as `floating`.
+    """
+    kind("vars", vars, Vars, "Vars(inner=..., aux=..., outer=...)")
+    return Vars(*(part if part is None else floating(f"vars.{n}", part) for n, part in zip(Vars._fields, vars, strict=True)))
+
+
+def point(z: PyTree, x: PyTree, batch: Any) -> tuple[PyTree, PyTree, Batch]:
+    """Where functions of (z, x, batch) are evaluated, with leaves as `jax.numpy.asarray` makes them.
+
+    Raises:
+        TypeError: for variables as `floating`, anything but a ``Batch``, and one with leaves that are no arrays.
+    """
+    z, x = floating("z", z), floating("x", x)
+    kind("batch", batch, Batch, "Batch(inner=..., outer=...)")
+    arrays("batch", batch)
+    return z, x, jax.tree.map(jnp.asarray, batch)
 
 
 def same_shapes(name: str, tree: PyTree, like: PyTree, like_name: str) -> None:
     """Raise ValueError unless ``tree`` has the structure, shapes and dtypes of ``like``."""
     got, expected = jax.tree.structure(tree), jax.tree.structure(like)
     if got != expected:
-        raise ValueError(f"{name}: got the structure {got}, expected that of {like_name}, {expected}")
+        raise ValueError(f"{name}: got the structure {cut(got)}, expected that of {like_name}, {cut(expected)}")
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like), strict=True):
         if np.shape(a) != np.shape(b) or jnp.result_type(a) != jnp.result_type(b):
             raise ValueError(f"{path_name(name, path)}: got {describe(a)}, expected {describe(b)} as in {like_name}")
@@ -196,23 +297,12 @@ def leading_axis(name: str, tree: PyTree, size: int, why: str) -> None:
             )
 
 
-def arrays(name: str, data: PyTree) -> None:
-    """Raise TypeError unless all leaves of ``data`` are arrays; a list of numbers counts as one leaf."""
-
-    def numbers(node: Any) -> bool:
-        return isinstance(node, list) and not any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(node))
-
-    for path, leaf in jax.tree_util.tree_leaves_with_path(data, is_leaf=numbers):
-        if not hasattr(leaf, "shape"):
-            raise TypeError(f"{path_name(name, path)}: got {type(leaf).__name__}, expected an array")
-
-
 def rows(name: str, data: PyTree) -> int:
     """The number of samples of ``data``: the common leading axis of its leaves."""
     arrays(name, data)
     leaves = jax.tree_util.tree_leaves_with_path(data)
     if not leaves:
-        raise ValueError(f"{name}: got {data!r}, expected a pytree of arrays with samples along the leading axis")
+        raise ValueError(f"{name}: got {shown(data)}, expected a pytree of arrays with samples along the leading axis")
     sizes = {path_name(name, path): np.shape(leaf)[0] if np.ndim(leaf) else None for path, leaf in leaves}
     first, size = next(iter(sizes.items()))
     differ = {first: size} | {leaf: other for leaf, other in sizes.items() if other != size}
@@ -225,7 +315,8 @@ def rows(name: str, data: PyTree) -> int:
 
 
 def finite(name: str, tree: PyTree) -> None:
-    """Raise ValueError if a concrete floating-point leaf holds NaN or infinity; traced leaves pass."""
+    """Raise ValueError if a concrete floating-point leaf holds NaN or infinity (traced ones pass), TypeError as `arrays`."""
+    arrays(name, tree)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if isinstance(leaf, Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             continue

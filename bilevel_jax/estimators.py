@@ -139,7 +139,8 @@ def saga() -> Estimator:
                 found.append(None)
             elif not isinstance(slot, Slot):
                 raise ValueError(
-                    f"batch.slot.{name}: got {slot!r}, expected a Slot(index, count), because saga keeps a table of blocks"
+                    f"batch.slot.{name}: got {checks.shown(slot)}, expected a Slot(index, count), because saga keeps a table "
+                    "of blocks"
                 )
             else:
                 found.append(slot)

@@ -77,10 +77,9 @@ def hypergradient(problem: Problem, method: Method) -> Callable[..., tuple[Array
         raise checks.wrong_kind("method", method, Method, "a method of bilevel_jax.hypergrad, as hypergrad.implicit(solver)")
 
     def evaluate(z: PyTree, x: PyTree, batch: Batch, guess: PyTree = None, key: Any = None) -> tuple[Array, PyTree, Stats]:
-        checks.floating("z", z)
-        checks.floating("x", x)
-        checks.kind("batch", batch, Batch, "Batch(inner=..., outer=...)")
+        z, x, batch = checks.point(z, x, batch)
         if guess is not None:
+            guess = checks.floating("guess", guess)
             checks.same_shapes("guess", guess, z, "z")
         return method(bind(problem, batch), z, x, guess, key)
 
@@ -241,7 +240,7 @@ def path(
     if kept_steps > steps:
         raise ValueError(f"truncate: got {kept_steps}, expected at most steps = {steps}")
     if checkpoint not in ("sqrt", "step", "none"):
-        raise ValueError(f"checkpoint: got {checkpoint!r}, expected 'sqrt', 'step' or 'none'")
+        raise ValueError(f"checkpoint: got {checks.shown(checkpoint)}, expected 'sqrt', 'step' or 'none'")
 
     def follow(gradient: Any, z: PyTree, x: PyTree, score: Any = None, loss: Any = None) -> PyTree:
         outer, x = x, widen(x)  # the backward pass sums over the steps in the dtype of what they share

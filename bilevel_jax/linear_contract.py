@@ -58,7 +58,7 @@ def from_vectors(
     damped = not (isinstance(damping, int | float) and damping == 0)
 
     def solve(matvec: Any, rhs: PyTree, guess: PyTree = None, key: Any = None) -> tuple[PyTree, Stats]:
-        checks.floating("rhs", rhs)
+        rhs = checks.floating("rhs", rhs)
         eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(rhs))  # of the products
         b, ravel, unravel = as_vector(rhs)
         if guess is not None:

@@ -312,7 +312,7 @@ def auto(
     large = cg(max_steps=max_steps, rtol=rtol, damping=damping)
 
     def solve(matvec: Any, rhs: PyTree, guess: PyTree = None, key: Any = None) -> tuple[PyTree, Stats]:
-        checks.floating("rhs", rhs)
+        rhs = checks.floating("rhs", rhs)
         size = sum(leaf.size for leaf in jax.tree.leaves(rhs))
         if size <= dense_below or positive_definite:
             return (small if size <= dense_below else large).solve(matvec, rhs, guess, key)

@@ -35,7 +35,6 @@ def begin(solver: Solver, sampler: Sampler, vars: Vars, data: Levels, key: Array
     _check_parts(solver, sampler)
     checks.typed_key("key", key)
     checks.kind("data", data, Levels, "Levels(inner=..., outer=...)")
-    checks.arrays("data", data)
     checks.finite("data", data)
     shapes = jax.eval_shape(lambda d, k: sampler.batches(d, k, 0, solver.draws), data, key)
     state = solver.init(vars, shapes)
@@ -75,7 +74,8 @@ def resume(
     """
     _check_parts(solver, sampler)
     steps, every = _counts(steps, every)
-    data = sampler.whole(data)
+    checks.arrays("data", data)
+    data = sampler.whole(jax.tree.map(jnp.asarray, data))
 
     gather = sampler.lazily if solver.lazy and solver.draws > 1 else sampler.stack
 
@@ -147,6 +147,7 @@ def run(
     """
     _counts(steps, every)
     carry = begin(solver, sampler, vars, data, key)
+    data = jax.tree.map(jnp.asarray, data)
     first = _row(carry.state, metrics, sampler.whole(data))
     carry, rest = resume(solver, sampler, carry, data, steps=steps, every=every, metrics=metrics)
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
@@ -197,6 +198,7 @@ def stream(
     evaluate = jax.jit(lambda state: _row(state, metrics))
     state, done = None, 0
     for done, batch in enumerate(batches, 1):
+        checks.arrays("batches", batch)
         if state is None:
             state = jax.tree.map(jnp.copy, start) if isinstance(start, BilevelState) else solver.init(start, batch)
         state = update(state, batch)
@@ -248,7 +250,9 @@ def several(solver: Solver, updates: int) -> Solver:
 def row_of(state: BilevelState, named: History) -> History:
     """The row of a history: the step, and metrics that have been checked to be named scalars."""
     if not isinstance(named, dict) or "step" in named:
-        raise TypeError(f"metrics: got {named!r}, expected a dictionary of scalars, none of them called 'step'")
+        given = "'step' among its names" if isinstance(named, dict) else type(named).__name__
+        raise TypeError(f"metrics: got {given}, expected a dictionary of scalars, none of them called 'step'")
+    checks.arrays("metrics", {n: value for n, value in named.items() if not isinstance(value, bool | int | float | complex)})
     named = {name: jnp.asarray(value) for name, value in named.items()}
     for name, value in named.items():
         if jnp.shape(value) != ():

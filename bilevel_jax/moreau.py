@@ -71,6 +71,7 @@ def envelope(
         (2.0, 1.0, 1.0)
     """
     g, _ = losses(problem)
+    z, x, batch = checks.point(z, x, batch)
     checks.positive("gamma", gamma)
     checks.positive("rate", rate)
     if nonsmooth is not None and projection is not None:
@@ -148,6 +149,7 @@ def residual(
         1.4142
     """
     g, f = losses(problem)
+    z, x, batch = checks.point(z, x, batch)
     checks.positive("multiplier", multiplier)
     known = envelope(
         problem,

@@ -164,7 +164,7 @@ def box(low: Any, high: Any) -> Callable[[PyTree], PyTree]:
         [0.0, 0.5, 1.0]
     """
     if not isinstance(low, Tracer) and not isinstance(high, Tracer) and not (np.asarray(low) <= np.asarray(high)).all():
-        raise ValueError(f"low: got {low}, expected at most high = {high}")
+        raise ValueError(f"low: got {checks.shown(low)}, expected at most high = {checks.shown(high)}")
 
     def clipped(leaf: Array) -> Array:
         for name, end in (("low", low), ("high", high)):
@@ -252,7 +252,9 @@ def _nothing(z: PyTree) -> Array:
 
 def _not_negative(name: str, weights: Any) -> None:
     if not callable(weights) and not isinstance(weights, Tracer) and (np.asarray(weights) < 0).any():
-        raise ValueError(f"{name}: got {weights}, expected numbers of at least 0: below, the prox moves away from 0")
+        raise ValueError(
+            f"{name}: got {checks.shown(weights)}, expected numbers of at least 0: below, the prox moves away from 0"
+        )
 
 
 def _groups(groups: Any) -> tuple[np.ndarray, int]:
@@ -261,7 +263,7 @@ def _groups(groups: Any) -> tuple[np.ndarray, int]:
         raise TypeError(f"groups: got {of.dtype}{list(of.shape)}, expected a vector of ints, the group of each coordinate")
     present = np.unique(of)
     if not np.array_equal(present, np.arange(len(present))):
-        raise ValueError(f"groups: got the numbers {present.tolist()}, expected 0, 1, ... without a gap")
+        raise ValueError(f"groups: got the numbers {checks.shown(present.tolist())}, expected 0, 1, ... without a gap")
     return of.astype(np.int32), len(present)
 
 

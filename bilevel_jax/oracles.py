@@ -1,14 +1,15 @@
 """Oracles: which direction.  ``terms(vars, batch, step) -> Terms``; no state, no step sizes, no sampling."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax import checks
+from bilevel_jax.inspection import Uses, check_uses, depends, uses, warn_stretched
 from bilevel_jax.linear_solve import LinearSolver
 from bilevel_jax.optimisers import weight_at
 from bilevel_jax.samplers import take_draw
@@ -90,7 +91,7 @@ def implicit(problem: Problem, *, mode: str = "reverse") -> Oracle:
     """
     g, f = losses(problem)
     if mode not in ("reverse", "forward"):
-        raise ValueError(f"mode: got {mode!r}, expected 'reverse' or 'forward'")
+        raise ValueError(f"mode: got {checks.shown(mode)}, expected 'reverse' or 'forward'")
 
     def terms(vars: Vars, batch: Batch, step: Array) -> Terms:
         del step
@@ -118,7 +119,7 @@ def implicit(problem: Problem, *, mode: str = "reverse") -> Oracle:
             outer_gradient=float(bool(moved.aux or moved.outer)),
         )
 
-    return Oracle(terms, calls, inner_loss=lambda vars, batch, step: g(vars.inner, vars.outer, batch))
+    return Oracle(terms, calls, inner_loss=lambda vars, batch, step: g(vars.inner, vars.outer, batch), check=inspected(problem))
 
 
 def finite_difference(problem: Problem, *, scale: float | None = None) -> Oracle:
@@ -182,7 +183,7 @@ def finite_difference(problem: Problem, *, scale: float | None = None) -> Oracle
         second = bool(moved.aux or moved.outer)
         return Calls(inner_gradient=float(bool(moved.inner) + 2 * second), outer_gradient=float(second))
 
-    return Oracle(terms, calls, inner_loss=lambda vars, batch, step: g(vars.inner, vars.outer, batch))
+    return Oracle(terms, calls, inner_loss=lambda vars, batch, step: g(vars.inner, vars.outer, batch), check=inspected(problem))
 
 
 def aggregated(problem: Problem, weight: Schedule) -> Oracle:
@@ -237,7 +238,7 @@ def aggregated(problem: Problem, weight: Schedule) -> Oracle:
         z, v, x = map(bool, moved)
         return Calls(float(z), float(v), float(x), float(z or v or x) + float(v or x))
 
-    return Oracle(terms, calls)
+    return Oracle(terms, calls, check=inspected(problem, Uses(z=True)))
 
 
 #: A mean loss of a problem on a draw, ``(z, x, draw) -> scalar``.
@@ -248,14 +249,68 @@ def losses(problem: Problem) -> tuple[DrawLoss, DrawLoss]:
     """The two mean losses of a problem, g and f, weighted as the draw says.
 
     Raises:
-        TypeError, ValueError: for anything but a ``Problem``; (when traced) as `mean_loss`.
+        TypeError, ValueError: for anything but a ``Problem``; (when traced) as `mean_loss`.  Where a loss fails, a note says
+            whether it can be evaluated on its arguments in another order, or on the data of the other level.
     """
     checks.kind("problem", problem, Problem, "Problem(inner=..., outer=...)")
-    g, f = mean_loss(problem.inner, "problem.inner"), mean_loss(problem.outer, "problem.outer")
-    return (
-        lambda z, x, draw: g(z, x, draw.inner, (draw.weight or Levels()).inner),
-        lambda z, x, draw: f(z, x, draw.outer, (draw.weight or Levels()).outer),
-    )
+
+    def of(level: str, other: str) -> DrawLoss:
+        loss = getattr(problem, level)
+        mean = mean_loss(loss, f"problem.{level}")
+
+        def value(z: PyTree, x: PyTree, draw: Batch) -> Array:
+            data = getattr(draw, level)
+            try:
+                return mean(z, x, data, getattr(draw.weight or Levels(), level))
+            except Exception as error:
+                way = _other_way(loss, z, x, data, f"the data of the {other} level", getattr(draw, other))
+                if way is not None:
+                    error.add_note(
+                        f"problem.{level} can be evaluated at {way}: are its arguments, the variables or data swapped?"
+                    )
+                raise
+
+        return value
+
+    return of("inner", "outer"), of("outer", "inner")
+
+
+def _other_way(loss: Loss, z: PyTree, x: PyTree, data: PyTree, others: str, other: PyTree) -> str | None:
+    """Other arguments at which a loss can be evaluated, if it cannot be at (z, x, data)."""
+
+    def fits(*arguments: PyTree, data: PyTree = data) -> bool:
+        try:
+            jax.eval_shape(lambda given: mean_loss(lambda *_: loss(*given), "")(z, x, data, None), arguments)
+        except Exception:  # whatever a loss raises on arguments that were not made for it
+            return False
+        return True
+
+    named = {"z": z, "x": x, "data": data}
+    ways = [order for order in itertools.permutations(named) if fits(*(named[name] for name in order))]
+    if tuple(named) in ways:
+        return None
+    if ways:
+        return f"({', '.join(ways[0])})"
+    return f"(z, x, data) with {others}" if other is not None and fits(z, x, other, data=other) else None
+
+
+def inspected(problem: Problem, elsewhere: Uses = Uses()) -> Callable[[Vars, Batch], None]:  # noqa: B008
+    """The static checks of a problem, for the stage that moves x: see `bilevel_jax.inspection`.
+
+    Args:
+        problem: the two losses.
+        elsewhere: which variables enter the method by other ways than ``d_z g``, ``d_x g`` and f.
+    """
+    both = losses(problem)
+
+    def check(vars: Vars, draw: Batch) -> None:
+        g, f = (Uses(*uses(loss, vars.inner, vars.outer, draw)[:2]) for loss in both)
+        check_uses(g, f, elsewhere)
+        for level in Levels._fields:
+            name = f"problem.{level}"
+            warn_stretched(name, getattr(problem, level), vars.inner, vars.outer, getattr(draw, level))
+
+    return check
 
 
 class System(NamedTuple):
@@ -318,7 +373,11 @@ def aid(problem: Problem, solver: LinearSolver) -> Oracle:
         del step
         return g(vars.inner, vars.outer, take_draw(batch, 0))
 
-    return Oracle(lambda vars, batch, step: at(vars, lambda k: take_draw(batch, k)), calls, solver.draws + 1, inner_loss)
+    def terms(vars: Vars, batch: Batch, step: Array) -> tuple[Terms, Array]:
+        del step
+        return at(vars, lambda k: take_draw(batch, k))
+
+    return Oracle(terms, calls, solver.draws + 1, inner_loss, inspected(problem))
 
 
 def aid_terms(problem: Problem, solver: LinearSolver) -> Callable[[Vars, Callable[[Any], Batch]], tuple[Terms, Array]]:
@@ -338,16 +397,6 @@ def aid_terms(problem: Problem, solver: LinearSolver) -> Callable[[Vars, Callabl
         return Terms(inner=Vars(inner=dz, outer=pullback(v)[0]), outer=Vars(outer=fx)), stats.code
 
     return terms
-
-
-def depends(function: Callable[..., Array], argument: PyTree, *others: PyTree) -> bool:
-    """Whether the value of a function can depend on its first argument, by following its jaxpr (True when in doubt)."""
-    jaxpr = jax.make_jaxpr(function)(argument, *others).jaxpr
-    reached = set(jaxpr.invars[: len(jax.tree.leaves(argument))])
-    for eqn in jaxpr.eqns:
-        if any(not isinstance(v, jax.extend.core.Literal) and v in reached for v in eqn.invars):
-            reached.update(eqn.outvars)
-    return any(not isinstance(v, jax.extend.core.Literal) and v in reached for v in jaxpr.outvars)
 
 
 def outer_pair(f: DrawLoss, z: PyTree, x: PyTree, batch: Batch) -> tuple[PyTree, PyTree]:

@@ -135,6 +135,7 @@ def place(tree: PyTree, mesh: Mesh, spec: P | None = None) -> PyTree:
     Raises:
         ValueError: for axes that the devices do not divide: see `deal`.
     """
+    checks.arrays("tree", tree)
     spec = P() if spec is None else spec
     sharding = NamedSharding(mesh, spec)
 

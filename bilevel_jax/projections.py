@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel_jax import checks
 from bilevel_jax.nonsmooth import Nonsmooth
 from bilevel_jax.optimisers import value_at
 from bilevel_jax.types import Array, PyTree, Schedule
@@ -135,5 +136,5 @@ def _land(operator: Callable[[PyTree], PyTree], updates: PyTree, params: PyTree 
     if jax.tree.structure(shapes[0]) != jax.tree.structure(shapes[1]) or jax.tree.leaves(shapes[0]) != jax.tree.leaves(
         shapes[1]
     ):
-        raise ValueError(f"operator: got an output of {shapes[0]}, expected {shapes[1]}, as its input")
+        raise ValueError(f"operator: got an output of {checks.cut(shapes[0])}, expected {checks.cut(shapes[1])}, as its input")
     return jax.tree.map(jnp.subtract, landed, params)

@@ -209,7 +209,9 @@ def episodes(tasks: int, *, ways: int, shots: int, queries: int) -> Sampler:
         checks.positive_int(name, value)
 
     def counts(data: Levels) -> tuple[int, int]:
-        if not isinstance(data, Levels) or jnp.ndim(data.inner) < 2:
+        checks.kind("data", data, Levels, "Levels(inner=samples)")
+        checks.arrays("data", data)
+        if np.ndim(data.inner) < 2:
             raise TypeError("data.inner: got no array [classes, samples, ...], expected Levels(inner=samples)")
         classes, each = data.inner.shape[:2]
         if ways > classes:
@@ -281,6 +283,7 @@ def _groups(batches: Iterable[Batch], draws: int) -> Iterator[Batch]:
         for slot in batch.slot or ():
             if isinstance(slot, Slot) and not 0 <= int(slot.index) < slot.count:
                 raise ValueError(f"batch.slot: got the index {int(slot.index)}, expected one of {slot.count} blocks")
+        checks.arrays("batches", (batch.inner, batch.outer))
         group.append(batch)
         if len(group) == draws:
             bare = [b._replace(full=None) for b in group]
@@ -329,7 +332,7 @@ def _block_sampler(
     checks.positive_int("batch_size", sizes.inner)
     checks.positive_int("outer_batch_size", sizes.outer)
     if remainder not in ("mask", "drop"):
-        raise ValueError(f"remainder: got {remainder!r}, expected 'mask' or 'drop'")
+        raise ValueError(f"remainder: got {checks.shown(remainder)}, expected 'mask' or 'drop'")
 
     def counts(data: Levels) -> Levels:
         found = _rows(data)

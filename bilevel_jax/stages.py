@@ -16,9 +16,10 @@ from bilevel_jax import checks
 from bilevel_jax.control_flow import while_loop
 from bilevel_jax.estimators import total
 from bilevel_jax.hypergrad import Jacobian, path, reverse
+from bilevel_jax.inspection import Uses, depends
 from bilevel_jax.linear_solve import LinearSolver
 from bilevel_jax.optimisers import begin, initial, moved, value_at
-from bilevel_jax.oracles import depends, implicit, losses, system
+from bilevel_jax.oracles import implicit, inspected, losses, system
 from bilevel_jax.results import Result, Status, Tally, all_finite, tally
 from bilevel_jax.samplers import take_draw
 from bilevel_jax.trees import norm, widest
@@ -248,7 +249,7 @@ def unroll(
         6
     """
     _, f = losses(problem)
-    direction = implicit(problem) if direction is None else direction
+    given, direction = direction is not None, implicit(problem) if direction is None else direction
     checks.kind("direction", direction, Oracle, "an Oracle, as implicit(problem)")
     for name in ("inner", "outer"):
         checks.transformation(f"opts.{name}", getattr(opts, name))
@@ -264,7 +265,7 @@ def unroll(
     def init(vars: Vars, batches: Batch) -> UnrollState:
         if batches.outer is None:
             raise ValueError("batch.outer: got None, expected data of the outer loss")
-        last = jax.eval_shape(lambda b: take_draw(b, -1), batches)
+        first, last = (jax.eval_shape(lambda b, k=k: take_draw(b, k), batches) for k in (0, -1))
         if kept == 0 and jacobian.directions is None and not depends(lambda x, d: f(vars.inner, x, d), vars.outer, last):
             raise ValueError(
                 "truncate: got 0, expected at least 1, because the outer loss does not depend on x but through z, so that "
@@ -278,12 +279,12 @@ def unroll(
         )
         state = UnrollState(Vars(*states))
         jax.eval_shape(update, state, vars, batches, jnp.zeros((), jnp.int32))
+        on_path = depends(lambda x, b: end(vars._replace(outer=x), b), vars.outer, batches)  # by a start, or the optimiser
+        inspected(problem, Uses(z=given, x=on_path))(vars, first)
         return state
 
-    def update(state: UnrollState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, UnrollState]:
-        del step
-        last = take_draw(batches, steps if fresh else 0)
-        free = Vars(*(None if o is None else v for o, v in zip(moving, vars, strict=True)))
+    def end(vars: Vars, batches: Batch) -> PyTree:
+        """Where the path ends."""
 
         def slope(z: PyTree, x: PyTree, k: Array) -> PyTree:
             return total(direction.terms(Vars(z, None, x), take_draw(batches, k if fresh else 0), k)).inner  # type: ignore[arg-type]
@@ -292,12 +293,19 @@ def unroll(
             assert direction.inner_loss is not None
             return direction.inner_loss(Vars(z, None, x), take_draw(batches, k if fresh else 0), k)
 
-        def end(free: Vars) -> PyTree:
-            now = Vars(vars.inner, vars.aux if free.aux is None else free.aux, free.outer)
-            score = (lambda z, x: f(z, x, last)) if pessimistic else None
-            return follow(slope, start(now), now.outer, score, None if direction.inner_loss is None else loss)
+        last = take_draw(batches, steps if fresh else 0)
+        score = (lambda z, x: f(z, x, last)) if pessimistic else None
+        return follow(slope, start(vars), vars.outer, score, None if direction.inner_loss is None else loss)
 
-        z, pull = jacobian.at(end, free, take_draw(batches, 0).key)
+    def update(state: UnrollState, vars: Vars, batches: Batch, step: Array) -> tuple[Vars, UnrollState]:
+        del step
+        last = take_draw(batches, steps if fresh else 0)
+        free = Vars(*(None if o is None else v for o, v in zip(moving, vars, strict=True)))
+
+        def of(free: Vars) -> PyTree:
+            return end(Vars(vars.inner, vars.aux if free.aux is None else free.aux, free.outer), batches)
+
+        z, pull = jacobian.at(of, free, take_draw(batches, 0).key)
         fz, fx = jax.grad(f, argnums=(0, 1))(z, vars.outer, last)
         way = pull(fz)
         way = way._replace(outer=jax.tree.map(jnp.add, fx, way.outer))

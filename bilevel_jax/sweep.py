@@ -122,6 +122,8 @@ def descend(
         draw = jax.eval_shape(lambda b: single(take_draw(b, slice(0, width))), batches)
         bound = bind(jnp.zeros((), jnp.int32), None)
         jax.eval_shape(bound, vars, draw)  # refuses bad losses and variables here, before anything is compiled
+        if oracle.check is not None and moves.outer:
+            oracle.check(vars, draw if oracle.draws is None else jax.eval_shape(lambda b: take_draw(b, 0), draw))
         known = Vars(inner=inner_loss is not None, aux=False, outer=False)
 
         def start(opt: Any, name: str, value: PyTree, loss: bool) -> PyTree:
@@ -201,6 +203,10 @@ def sweep(*stages: Stage, aux: Callable[[PyTree], PyTree] = zeros, inner: Callab
     def share(batches: Batch | Draws) -> list[Any]:
         """Each stage's own draws."""
         checks.kind("batches", batches, Batch | Draws, "a Batch")
+        if isinstance(batches, Batch):
+            checks.arrays("batches", batches)
+            if not _has_shapes_only(batches):
+                batches = jax.tree.map(jnp.asarray, batches)
         stacked = batches.plan if isinstance(batches, Draws) else batches._replace(full=None)
         checks.leading_axis("batches", stacked, draws, "the number of draws of the solver")
         shares, start = [], 0
@@ -212,7 +218,7 @@ def sweep(*stages: Stage, aux: Callable[[PyTree], PyTree] = zeros, inner: Callab
         return shares
 
     def init(vars: Vars, batches: Batch) -> BilevelState:
-        checks.kind("vars", vars, Vars, "Vars(inner=..., aux=..., outer=...)")
+        vars = checks.variables(vars)
         if vars.inner is None and inner is not None:
             checks.floating("vars.outer", vars.outer)
             vars = vars._replace(inner=inner(vars.outer))
@@ -220,9 +226,6 @@ def sweep(*stages: Stage, aux: Callable[[PyTree], PyTree] = zeros, inner: Callab
             checks.floating(f"vars.{name}", getattr(vars, name))
         if vars.aux is None:
             vars = vars._replace(aux=aux(vars.inner))
-        else:
-            checks.floating("vars.aux", vars.aux)
-        vars = jax.tree.map(jnp.asarray, vars)
         states = tuple(stage.init(vars, b) for stage, b in zip(stages, share(batches), strict=True))
         state = BilevelState(jnp.zeros((), jnp.int32), vars, states)
         # With the dtype spelled out the copy is never weakly typed: otherwise the second update would compile anew.

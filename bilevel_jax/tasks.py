@@ -238,7 +238,7 @@ def over_tasks(adaptation: Adaptation, opt: optax.GradientTransformation, *, loo
         raise TypeError(f"adaptation: got {type(adaptation).__name__}, expected an Adaptation")
     checks.transformation("opt", opt)
     if loop not in LOOPS:
-        raise ValueError(f"loop: got {loop!r}, expected one of {', '.join(LOOPS)}")
+        raise ValueError(f"loop: got {checks.shown(loop)}, expected one of {', '.join(LOOPS)}")
 
     def every(vars: Vars, draw: Batch) -> Adapted:
         """The last z, the mean gradient, and the worst code."""

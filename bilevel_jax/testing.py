@@ -339,6 +339,6 @@ def _solved(problem: Problem, data: Levels, start: Vars, g: dict[str, Array], f:
 def _positive(**values: float) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a float")
+            raise TypeError(f"{name}: got {checks.shown(value)} of type {type(value).__name__}, expected a float")
         if not 0 < value < float("inf"):
             raise ValueError(f"{name}: got {value}, expected a finite number above 0")

@@ -22,9 +22,10 @@ import numpy as np
 from jax.core import Tracer
 
 from bilevel_jax import checks
-from bilevel_jax.nonsmooth import Nonsmooth
+from bilevel_jax.inspection import Uses, depends
+from bilevel_jax.nonsmooth import Nonsmooth, zero
 from bilevel_jax.optimisers import value_at
-from bilevel_jax.oracles import depends, losses, outer_pair
+from bilevel_jax.oracles import inspected, losses, outer_pair
 from bilevel_jax.samplers import take_draw
 from bilevel_jax.trees import norm, over, scaled
 from bilevel_jax.types import Array, Batch, Calls, Oracle, Problem, PyTree, Schedule, Terms, Vars
@@ -79,7 +80,7 @@ def penalty(problem: Problem, multiplier: Schedule) -> Oracle:
         z, y = bool(moved.inner or moved.outer), bool(moved.aux or moved.outer)
         return Calls(inner_gradient=float(z + y), outer_gradient=float(y))
 
-    return Oracle(terms, calls)
+    return Oracle(terms, calls, check=inspected(problem))
 
 
 def stencil(order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -155,7 +156,7 @@ def differences(problem: Problem, multiplier: Schedule, order: int = 2) -> Oracl
         each = float(len(nodes) * bool(moved.aux or moved.outer))
         return Calls(inner_gradient=each, outer_gradient=each)
 
-    return Oracle(terms, calls)
+    return Oracle(terms, calls, check=inspected(problem, Uses(z=True)))
 
 
 def barrier(problem: Problem, *, eta: float = 0.5, control: str = "gradient") -> Oracle:
@@ -189,7 +190,7 @@ def barrier(problem: Problem, *, eta: float = 0.5, control: str = "gradient") ->
     g, f = losses(problem)
     checks.positive("eta", eta)
     if control not in ("gradient", "value"):
-        raise ValueError(f"control: got {control!r}, expected 'gradient' or 'value'")
+        raise ValueError(f"control: got {checks.shown(control)}, expected 'gradient' or 'value'")
 
     def terms(vars: Vars, batches: Batch, step: Array) -> tuple[Terms, Array]:
         del step
@@ -209,7 +210,8 @@ def barrier(problem: Problem, *, eta: float = 0.5, control: str = "gradient") ->
         qy, qx = scaled(lam, slope)
         return Terms(inner=Vars(None, qy, qx), outer=Vars(None, fz, fx)), jnp.zeros((), jnp.int32)
 
-    return Oracle(terms, lambda moved: Calls(inner_gradient=2.0, outer_gradient=1.0), draws=1)
+    cost = Calls(inner_gradient=2.0, outer_gradient=1.0)
+    return Oracle(terms, lambda moved: cost, draws=1, check=inspected(problem, Uses(z=True)))
 
 
 #: ``(gap, step) -> P'(gap)``: the derivative of the term that keeps ``gap = g(y) - min (g + mu |.|^2 / 2)`` small.
@@ -278,7 +280,7 @@ def value_function(problem: Problem, slope: Slope, regularisation: Schedule) -> 
         both = bool(moved.aux or moved.outer)
         return Calls(inner_gradient=float((bool(moved.inner) or both) + both), outer_gradient=float(both))
 
-    return Oracle(terms, calls, draws=1)
+    return Oracle(terms, calls, draws=1, check=inspected(problem, Uses(z=True)))
 
 
 def interior(strength: Schedule, slack: Schedule) -> Slope:
@@ -388,7 +390,11 @@ def moreau(problem: Problem, multiplier: Schedule, *, gamma: float, nonsmooth: N
         z, theta = bool(moved.inner or moved.outer), bool(moved.aux or moved.outer)
         return Calls(inner_gradient=float(z + theta), outer_gradient=float(z))
 
-    return Oracle(terms, calls)
+    def check(vars: Vars, draw: Batch) -> None:
+        by_term = depends(lambda x: (nonsmooth or zero()).value(vars.inner, x), vars.outer)
+        inspected(problem, Uses(z=True, x=by_term))(vars, draw)
+
+    return Oracle(terms, calls, check=check)
 
 
 # ---- what they share ---------------------------------------------------------------------------------------------------

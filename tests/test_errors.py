@@ -154,7 +154,7 @@ CASES = {
     "outer is None": Case(
         lambda: go(vars=start()._replace(outer=None)), TypeError, ("vars.outer", "None", "expected a pytree")
     ),
-    "inner of floats": Case(lambda: go(vars=start()._replace(inner=[1.0])), TypeError, ("vars.inner[0]", "float", "an array")),
+    "inner of floats": Case(lambda: go(vars=start()._replace(inner=[1.0])), TypeError, ("vars.inner:", "list", "an array")),
     "aux of integers": Case(
         lambda: go(vars=start()._replace(aux=jnp.ones(2, jnp.int32))), TypeError, ("vars.aux", "int32[2]", "floating-point")
     ),
@@ -178,7 +178,8 @@ CASES = {
     ),
     "infinity in a leaf of the start": Case(
         lambda: go(
-            vars=start()._replace(outer={"w": np.array([1.0, np.inf])}), problem=with_loss(*[lambda z, x, a: z.sum()] * 2)
+            vars=start()._replace(outer={"w": np.array([1.0, np.inf])}),
+            problem=with_loss(*[lambda z, x, a: z.sum() + x["w"].sum()] * 2),
         ),
         ValueError,
         ("vars.outer['w']", "1 values", "expected finite"),
@@ -791,7 +792,7 @@ CASES = {
     "a metric called step": Case(
         lambda: go(metrics=lambda vars, data: {"step": vars.outer.sum()}),
         TypeError,
-        ("metrics", "'step'", "expected", "none of them called 'step'"),
+        ("metrics: got 'step'", "expected", "none of them called 'step'"),
     ),
 }
 
@@ -920,13 +921,6 @@ MOVED |= dict.fromkeys((*NESTED_LOOPS, "f2sa_p", "bda"), ("inner", "outer"))
 def test_every_solver_wants_an_optimiser_of_what_it_moves(name, missing):
     call = partial(SOLVERS[name], good(), OPTS._replace(**{missing: None}))
     refused(call, ValueError, (f"opts.{missing}", "None", "expected an optax transformation"))
-
-
-def test_float64_is_refused_where_it_would_be_rounded():
-    wide = Vars(np.ones(2), None, np.ones(3))
-    with jax.enable_x64(False):
-        refused(partial(go, vars=wide), TypeError, ("vars.inner", "float64[2]", "jax_enable_x64 is off", "expected float32"))
-    assert jax.eval_shape(partial(go, vars=wide))[0].state.vars.inner.dtype == jnp.float64
 
 
 def single(make: Any, multiplier: Any, dtype: Any) -> Any:

@@ -392,7 +392,7 @@ def disagreement(master: Master) -> Vars:
 
 
 def _flat(name: str, tree: Any) -> tuple[Array, Callable[[Array], Any]]:
-    checks.floating(name, tree)
+    tree = checks.floating(name, tree)
     kinds = {leaf.dtype for leaf in jax.tree.leaves(tree)}
     if len(kinds) > 1:
         raise TypeError(f"{name}: got leaves of dtypes {sorted(map(str, kinds))}, expected one dtype")

@@ -111,7 +111,7 @@ def train(
     if quorum > method.n_workers:
         raise ValueError(f"quorum: got {quorum}, expected at most n_workers = {method.n_workers}")
     if on_lost not in ("wait", "restore", "evict"):
-        raise ValueError(f"on_lost: got {on_lost!r}, expected 'wait', 'restore' or 'evict'")
+        raise ValueError(f"on_lost: got {checks.shown(on_lost)}, expected 'wait', 'restore' or 'evict'")
     if on_lost == "wait" and not getattr(transport, "revive", True):
         raise ValueError("on_lost: got 'wait' and workers with revive=False, expected revive=True, or 'restore' or 'evict'")
     fresh = jax.eval_shape(method.init)

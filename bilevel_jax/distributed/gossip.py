@@ -73,6 +73,7 @@ def gossip(solver: Solver, mixing: Any, *, same_start: bool = True) -> Solver:
     def check(batches: Batch) -> None:
         if not isinstance(batches, Batch):
             raise TypeError(f"batches: got {type(batches).__name__}, expected a Batch")
+        checks.arrays("batches", batches)
         for path, leaf in jax.tree_util.tree_leaves_with_path(batches._replace(full=None)):
             if np.shape(leaf)[:2] != (solver.draws, agents):
                 raise ValueError(
@@ -83,6 +84,7 @@ def gossip(solver: Solver, mixing: Any, *, same_start: bool = True) -> Solver:
 
     def init(vars: Vars, batches: Batch) -> BilevelState:
         check(batches)
+        vars = checks.variables(vars)
         shapes = jax.tree.map(lambda axis, part: jax.tree.map(lambda leaf: _without(axis, leaf), part), _BATCH, batches)
         if same_start:
             vars = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (agents, *np.shape(leaf))), vars)

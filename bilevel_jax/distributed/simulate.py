@@ -145,7 +145,7 @@ def schedule(
     if quorum > N:
         raise ValueError(f"quorum: got {quorum}, expected at most n_workers = {N}")
     if on_lost not in ("wait", "restore", "evict"):
-        raise ValueError(f"on_lost: got {on_lost!r}, expected 'wait', 'restore' or 'evict'")
+        raise ValueError(f"on_lost: got {checks.shown(on_lost)}, expected 'wait', 'restore' or 'evict'")
     counts = steps + 1, 2 * method.estimate_rounds * (steps // period)
     seconds = [durations(cluster, N, count, seed, kind) for kind, count in enumerate(counts)]
     clock = Clock(seconds, cluster.failures, on_lost == "evict")
@@ -221,12 +221,13 @@ def simulate(
     N, period = method.n_workers, method.cut_period
     if not isinstance(data, Levels):
         raise TypeError(f"data: got {type(data).__name__}, expected Levels(inner=..., outer=...)")
+    checks.arrays("data", data)
     for name, part in zip(Levels._fields, data, strict=True):
         checks.leading_axis(f"data.{name}", part, N, "one entry a worker")
         if any(leaf.shape[1:2] == (0,) for leaf in jax.tree.leaves(part)):
             raise ValueError(f"data.{name}: got workers without samples, expected at least one each")
     if loop not in ("auto", "vmap", "scan"):
-        raise ValueError(f"loop: got {loop!r}, expected 'auto', 'vmap' or 'scan'")
+        raise ValueError(f"loop: got {checks.shown(loop)}, expected 'auto', 'vmap' or 'scan'")
     kind = ("scan" if jax.default_backend() == "cpu" else "vmap") if loop == "auto" else loop
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(N))
 

@@ -149,6 +149,6 @@ def _nesterov(L: float, mu: float) -> optax.GradientTransformation:
 def _constants(large: str, L: float, small: str, mu: float) -> None:
     for name, value in ((large, L), (small, mu)):
         if isinstance(value, bool | Tracer) or not hasattr(value, "__float__"):
-            raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a Python number")
+            raise TypeError(f"{name}: got {checks.shown(value)} of type {type(value).__name__}, expected a Python number")
     if not (math.isfinite(L) and 0 < mu <= L):
         raise ValueError(f"{small}: got {mu} with {large} = {L}, expected 0 < {small} <= {large}")

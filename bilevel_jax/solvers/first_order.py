@@ -80,7 +80,7 @@ def meha(
     for name, value in (("gamma", gamma), ("c_low", c_low), *((("rho", rho),) if rho is not None else ())):
         checks.positive(name, value)
     if callable(p) or isinstance(p, str):
-        raise TypeError(f"p: got {p!r}, expected a number in [0, 1/2)")
+        raise TypeError(f"p: got {checks.shown(p)}, expected a number in [0, 1/2)")
     if not isinstance(p, Tracer) and not 0 <= p < 0.5:
         raise ValueError(f"p: got {p}, expected a number in [0, 1/2)")
     if rho is not None and not isinstance(gamma * rho, Tracer) and 2 * gamma * rho > 1:

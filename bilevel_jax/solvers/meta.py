@@ -141,7 +141,9 @@ def anil(
     """
     opts = two(opts)
     if not callable(adapted):
-        raise TypeError(f"adapted: got {adapted!r}, expected a function of the path of a leaf, as lambda path: 'head' in path")
+        raise TypeError(
+            f"adapted: got {checks.shown(adapted)}, expected a function of the path of a leaf, as lambda path: 'head' in path"
+        )
 
     def part(params: PyTree) -> PyTree:
         return select(params, adapted)

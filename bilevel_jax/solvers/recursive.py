@@ -16,7 +16,7 @@ from bilevel_jax.control_flow import cond, scan
 from bilevel_jax.estimators import on_full, storm, total
 from bilevel_jax.linear_solve import neumann, random_neumann
 from bilevel_jax.optimisers import begin, moved, weight_at
-from bilevel_jax.oracles import aid, aid_terms, losses
+from bilevel_jax.oracles import aid, aid_terms, inspected, losses
 from bilevel_jax.results import Status, Tally, keep, tally
 from bilevel_jax.samplers import take_draw, take_window
 from bilevel_jax.solvers.steps import two
@@ -154,6 +154,7 @@ def vrbo(problem: Problem, opts: Vars, *, rate: Any, period: int = 3, inner_step
             raise ValueError("batch.outer: got None, expected data of the outer loss")
         on_full(batches, "vrbo")
         shapes, _ = jax.eval_shape(lambda b: at(vars.inner, vars.outer, lambda k: take_draw(b, k)), batches)
+        inspected(problem)(vars, jax.eval_shape(lambda b: take_draw(b, 0), batches))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         states = _states(opts, vars)
         return VrboState(zeros, states, Status(jnp.zeros((), jnp.int32)))
@@ -243,6 +244,7 @@ def stable(problem: Problem, opts: Vars, *, strong_convexity: float, tau: Schedu
             raise ValueError("batch.outer: got None, expected data of the outer loss")
         draw = jax.eval_shape(lambda b: take_draw(b, 0), batches)
         shapes = jax.eval_shape(matrices, vars.inner, vars.outer, draw)
+        inspected(problem)(vars, draw)
         hessian, cross = (jnp.zeros(s.shape, s.dtype) for s in shapes)
         states = _states(opts, vars)
         return StableState(hessian, cross, jax.tree.map(jnp.copy, vars._replace(aux=None)), states, tally(counted))

@@ -88,7 +88,7 @@ def default_opts(solver: Callable[..., Solver], inner: float, aux: float | None 
         raise checks.wrong_kind("solver", solver, Callable, f"the function, as {example}")
     name = getattr(solver, "__name__", None)
     if name not in DECAYS:
-        raise ValueError(f"solver: got {solver!r}, expected one of {list(DECAYS)}")
+        raise ValueError(f"solver: got {name or type(solver).__name__}, expected one of {list(DECAYS)}")
     decay = DECAYS[name]
     for field, variable, value in (("inner", "z", inner), ("outer", "x", outer)):
         if value is None:
