@@ -115,7 +115,6 @@ class Oracle(NamedTuple):
     ``inner_loss(vars, batch, step)``, where it is given, is the loss whose gradient in ``vars.inner`` is the direction of z.
     Optimisers that need the value of a loss, such as line searches, work on z only where it is given.
 
-
     ``check(vars, draw)`` looks at the losses before anything is compiled, on one draw (shapes will do): a stage that moves x
     calls it in ``init``.
     """
@@ -124,7 +123,6 @@ class Oracle(NamedTuple):
     calls: Callable[[Vars], Calls]
     draws: int | None = None  # None: one draw, not stacked
     inner_loss: Callable[[Vars, Batch, Array], Array] | None = None
-
     check: Callable[[Vars, Batch], None] | None = None
 
 
