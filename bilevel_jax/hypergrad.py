@@ -230,10 +230,11 @@ def path(
     truncate: int | None = None,
     checkpoint: str = "step",
     name: str = "opt",
+    backward: bool = True,
 ) -> Follow:
     """``steps`` steps of an optimiser, differentiable over the last ``truncate``; arguments as for `iterative`.
 
-    Errors call the optimiser by ``name``.
+    Errors call the optimiser by ``name``.  Without ``backward`` it needs no derivative in reverse mode.
     """
     steps = checks.positive_int("steps", steps)
     kept_steps = steps if truncate is None else checks.positive_int("truncate", truncate, least=0)
@@ -257,7 +258,7 @@ def path(
                 kept = keep(higher, (z, new), (worst, height))
             return (z, state, k + 1), kept
 
-        opt_state = begin(name, "inner", opt, z, outer, loss=loss is not None, backward=kept_steps > 0)
+        opt_state = begin(name, "inner", opt, z, outer, loss=loss is not None, backward=backward and kept_steps > 0)
         carry: Any = (z, opt_state, jnp.int32(0)), None
         if score is not None:
             shape = jax.eval_shape(score, z, outer)

@@ -26,7 +26,8 @@ def itd_bio(
         problem: inner and outer loss.
         opts: optax transformations of z and x; aux None.  Paper: constant steps, at most 1/L for z.
         inner_steps: D.
-        truncate, checkpoint: as for `bilevel_jax.hypergrad.iterative`.
+        truncate, checkpoint: as for `bilevel_jax.hypergrad.iterative`.  A derivative through a run is truncated, too: it goes
+            through the last ``truncate`` steps of each path.
         fresh: whether every inner step takes a draw of its own; the paper's method is deterministic.
 
     Raises:
