@@ -178,7 +178,7 @@ def zeroth_order(opt: optax.GradientTransformation, steps: int, *, directions: i
 
     Reference: Sow, Ji, Liang, "On the convergence theory for Hessian-free bilevel algorithms", NeurIPS 2022, arXiv 2110.07004.
     """
-    return _along_a_path(path(opt, steps, checkpoint="none"), gaussian(directions, radius), steps)
+    return _along_a_path(path(opt, steps, checkpoint="none", backward=False), gaussian(directions, radius), steps)
 
 
 def _along_a_path(follow: "Follow", jacobian: "Jacobian", steps: int) -> Method:
@@ -231,10 +231,12 @@ def path(
     truncate: int | None = None,
     checkpoint: str = "step",
     name: str = "opt",
+    backward: bool = True,
 ) -> Follow:
     """``steps`` steps of an optimiser, differentiable over the last ``truncate``; arguments as for `iterative`.
 
-    Errors call the optimiser by ``name``.
+    Errors call the optimiser by ``name``.  Without ``backward`` the optimiser needs no derivative, because the caller does not
+    differentiate the path.
     """
     steps = checks.positive_int("steps", steps)
     kept_steps = steps if truncate is None else checks.positive_int("truncate", truncate, least=0)
@@ -258,7 +260,7 @@ def path(
                 kept = keep(higher, (z, new), (worst, height))
             return (z, state, k + 1), kept
 
-        opt_state = begin(name, "inner", opt, z, outer, loss=loss is not None, backward=kept_steps > 0)
+        opt_state = begin(name, "inner", opt, z, outer, loss=loss is not None, backward=backward and kept_steps > 0)
         carry: Any = (z, opt_state, jnp.int32(0)), None
         if score is not None:
             shape = jax.eval_shape(score, z, outer)

@@ -256,8 +256,8 @@ def unroll(
         checks.transformation("opts.aux", opts.aux)
         if truncate is not None:
             raise ValueError(f"truncate: got {truncate}, expected None, because the start moves, too, by its derivative")
-    along = 0 if truncate is None and jacobian.directions else truncate  # an estimate differentiates nothing
-    follow = path(opts.inner, steps, truncate=along, checkpoint=checkpoint, name="opts.inner")
+    exact = jacobian.directions is None
+    follow = path(opts.inner, steps, truncate=truncate, checkpoint=checkpoint, name="opts.inner", backward=exact)
     kept = steps if truncate is None else truncate
     moving = opts._replace(inner=None)
 
