@@ -177,7 +177,7 @@ def zeroth_order(opt: optax.GradientTransformation, steps: int, *, directions: i
 
     Reference: Sow, Ji, Liang, "On the convergence theory for Hessian-free bilevel algorithms", NeurIPS 2022, arXiv 2110.07004.
     """
-    return _along_a_path(path(opt, steps, checkpoint="none"), gaussian(directions, radius), steps)
+    return _along_a_path(path(opt, steps, checkpoint="none", backward=False), gaussian(directions, radius), steps)
 
 
 def _along_a_path(follow: "Follow", jacobian: "Jacobian", steps: int) -> Method:
@@ -234,7 +234,8 @@ def path(
 ) -> Follow:
     """``steps`` steps of an optimiser, differentiable over the last ``truncate``; arguments as for `iterative`.
 
-    Errors call the optimiser by ``name``.  Without ``backward`` it needs no derivative in reverse mode.
+    Errors call the optimiser by ``name``.  Without ``backward`` the optimiser needs no derivative, because the caller does not
+    differentiate the path.
     """
     steps = checks.positive_int("steps", steps)
     kept_steps = steps if truncate is None else checks.positive_int("truncate", truncate, least=0)

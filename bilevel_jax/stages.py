@@ -257,8 +257,8 @@ def unroll(
         checks.transformation("opts.aux", opts.aux)
         if truncate is not None:
             raise ValueError(f"truncate: got {truncate}, expected None, because the start moves, too, by its derivative")
-    exactly = jacobian.directions is None  # an estimate differentiates nothing
-    follow = path(opts.inner, steps, truncate=truncate, checkpoint=checkpoint, name="opts.inner", backward=exactly)
+    exact = jacobian.directions is None
+    follow = path(opts.inner, steps, truncate=truncate, checkpoint=checkpoint, name="opts.inner", backward=exact)
     kept = steps if truncate is None else truncate
     moving = opts._replace(inner=None)
 

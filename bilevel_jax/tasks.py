@@ -128,7 +128,7 @@ def proximal(
     _of_one_task(problem)
     checks.transformation("opt", opt)
     checks.positive("strength", strength)
-    follow = path(opt, steps)
+    follow = path(opt, steps, backward=False)
     solver = cg(max_steps=5) if solver is None else solver
 
     def inner(z: PyTree, x: PyTree, data: PyTree) -> Array:
@@ -164,7 +164,7 @@ def displacement(problem: Problem, opt: optax.GradientTransformation, steps: int
     """
     g, _ = _of_one_task(problem)
     checks.transformation("opt", opt)
-    follow = path(opt, steps)
+    follow = path(opt, steps, backward=False)
 
     def at(vars: Vars, draw: Batch) -> Adapted:
         x = vars.outer

@@ -133,15 +133,15 @@ NOTES = {
 #: Those of which an unrolled path has the derivative NaN where an entry of a direction is 0.
 UNDIFFERENTIABLE_AT_0 = {
     *("adafactor", "adam", "adamw", "amsgrad", "inject_hyperparams", "inject_stateful_hyperparams", "lamb"),
-    *("optimistic_adam", "optimistic_adam_v2", "radam", "scale_by_adam", "scale_by_adan", "scale_by_amsgrad"),
-    *("scale_by_factored_rms", "scale_by_radam"),
-    *("contrib.ademamix", "contrib.adopt", "contrib.dadapt_adamw", "contrib.galore", "contrib.madgrad", "contrib.mechanize"),
+    *("optimistic_adam", "optimistic_adam_v2", "scale_by_adam", "scale_by_adan", "scale_by_amsgrad"),
+    "scale_by_factored_rms",
+    *("contrib.ademamix", "contrib.adopt", "contrib.dadapt_adamw", "contrib.galore", "contrib.madgrad"),
     *("contrib.momo_adam", "contrib.muon", "contrib.prodigy", "contrib.scale_by_ademamix", "contrib.scale_by_adopt"),
     *("contrib.scale_by_galore", "contrib.scale_by_madgrad", "contrib.scale_by_simplified_ademamix"),
     *("contrib.schedule_free_adamw", "contrib.simplified_ademamix"),
 }
-#: That of which it is NaN everywhere.
-UNDIFFERENTIABLE = {"scale_by_lbfgs"}
+#: Those of which it is NaN everywhere.
+UNDIFFERENTIABLE = {"radam", "scale_by_lbfgs", "scale_by_radam", "contrib.mechanize"}
 
 
 def modules() -> dict[str, Any]:

@@ -123,10 +123,10 @@ def test_narrow_variables(name, dtype):
         assert (new.shape, new.dtype) == (old.shape, old.dtype)
 
 
-def at_dead(name, opt):
-    """The derivative of a path whose direction is x times constants, some of them 0."""
-    z = table.point(name, jnp.float64)
-    way = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(0.0), z)
+def along_a_path(name, opt, *, dead):
+    """The derivative of a path whose direction is x times constants, some of them 0 if ``dead``."""
+    z = table.point(name, jnp.float32)
+    way = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(0.0), z) if dead else z
     follow = hypergrad.path(opt, 3)
 
     def end(x):
@@ -134,7 +134,7 @@ def at_dead(name, opt):
         loss = lambda z, x, k: sum(jnp.vdot(w * x, leaf) for w, leaf in zip(*map(jax.tree.leaves, (way, z)), strict=True))
         return sum(leaf.sum() for leaf in jax.tree.leaves(follow(gradient, z, x, loss=loss)))
 
-    return jax.jit(jax.grad(end))(1.3)
+    return jax.jit(jax.grad(end))(jnp.float32(1.3))
 
 
 @names(kinds={"sgd", "adam", "lookahead", "polyak_sgd", "scale_by_zoom_linesearch"})
@@ -142,12 +142,14 @@ def test_unrolled(name):
     """Differentiated paths: finite, or NaN as the table says, or refused."""
     if table.verdict(name).unrolled:
         with pytest.raises(ValueError, match=r"^opt: got an optimiser of vars.inner that "):
-            at_dead(name, table.make(name))
+            along_a_path(name, table.make(name), dead=True)
         return
     fine = name not in table.UNDIFFERENTIABLE_AT_0 | table.UNDIFFERENTIABLE
-    assert np.isfinite(at_dead(name, table.make(name))) == fine
-    if not fine and table.root_of(name):
-        assert np.isfinite(at_dead(name, table.make(name, **{table.root_of(name): 1e-8})))
+    assert np.isfinite(along_a_path(name, table.make(name), dead=True)) == fine
+    if not fine:
+        assert np.isfinite(along_a_path(name, table.make(name), dead=False)) == (name not in table.UNDIFFERENTIABLE)
+    if name in table.UNDIFFERENTIABLE_AT_0 and table.root_of(name):
+        assert np.isfinite(along_a_path(name, table.make(name, **{table.root_of(name): 1e-8}), dead=True))
 
 
 # ---- steps that need the loss -----------------------------------------------------------------------------------------
@@ -272,38 +274,37 @@ def test_the_loss_is_not_evaluated_for_others():
 
 VALUE = "needs the value of a loss, expected one that needs only a direction, because the direction of {} here"
 POLYAK, LOOKAHEAD = optax.polyak_sgd(), optax.lookahead(SGD, 3, 0.5)
-T = tiny()
 
 
 REFUSED = {
     "estimator": (lambda: sweep(wrong_estimator(storm(0.5))), "opts.inner", VALUE.format("inner")),
     "table": (lambda: sweep(wrong_estimator(saga())), "opts.inner", VALUE.format("inner")),
-    "oracle": (lambda: sweep(descend(penalty(T.problem, 2.0), Vars(inner=POLYAK))), "opts.inner", VALUE.format("inner")),
-    "descend v": (lambda: sweep(descend(implicit(T.problem), Vars(aux=POLYAK))), "opts.aux", VALUE.format("aux")),
-    "descend x": (lambda: sweep(descend(implicit(T.problem), Vars(outer=POLYAK))), "opts.outer", VALUE.format("outer")),
-    "unroll x": (lambda: sweep(unroll(T.problem, Vars(inner=SGD, outer=POLYAK), 2)), "opts.outer", VALUE.format("outer")),
+    "oracle": (lambda: sweep(descend(penalty(tiny().problem, 2.0), Vars(inner=POLYAK))), "opts.inner", VALUE.format("inner")),
+    "descend v": (lambda: sweep(descend(implicit(tiny().problem), Vars(aux=POLYAK))), "opts.aux", VALUE.format("aux")),
+    "descend x": (lambda: sweep(descend(implicit(tiny().problem), Vars(outer=POLYAK))), "opts.outer", VALUE.format("outer")),
+    "unroll x": (lambda: sweep(unroll(tiny().problem, Vars(inner=SGD, outer=POLYAK), 2)), "opts.outer", VALUE.format("outer")),
     "unroll aux": (
-        lambda: sweep(unroll(T.problem, Vars(SGD, POLYAK, SGD), 2, start=lambda vars: vars.aux)),
+        lambda: sweep(unroll(tiny().problem, Vars(SGD, POLYAK, SGD), 2, start=lambda vars: vars.aux)),
         "opts.aux",
         VALUE.format("aux"),
     ),
     "unroll z": (
-        lambda: sweep(unroll(T.problem, Vars(inner=optax.lbfgs(), outer=SGD), 2)),
+        lambda: sweep(unroll(tiny().problem, Vars(inner=optax.lbfgs(), outer=SGD), 2)),
         "opts.inner",
         "has no derivative in reverse mode",
     ),
-    "solve_inner": (lambda: sweep(solve_inner(T.problem, LOOKAHEAD, max_steps=2)), "opt", "moves optax.LookaheadParams"),
+    "solve_inner": (lambda: sweep(solve_inner(tiny().problem, LOOKAHEAD, max_steps=2)), "opt", "moves optax.LookaheadParams"),
     "chain": (
-        lambda: sweep(descend(implicit(T.problem), Vars(outer=optax.chain(optax.clip(1.0), LOOKAHEAD)))),
+        lambda: sweep(descend(implicit(tiny().problem), Vars(outer=optax.chain(optax.clip(1.0), LOOKAHEAD)))),
         "opts.outer",
         "moves optax.LookaheadParams",
     ),
     "over_tasks": (lambda: sweep(over_tasks(SGD, POLYAK)), "opt", VALUE.format("outer")),
     "through_steps": (lambda: sweep(over_tasks(optax.lbfgs(), SGD)), "opt", "has no derivative in reverse mode"),
     "first order": (lambda: sweep(over_tasks(POLYAK, SGD, first_order=True)), "opt", VALUE.format("inner")),
-    "vrbo": (lambda: solvers.vrbo(T.problem, Vars(POLYAK, None, SGD), rate=0.1), "opts.inner", VALUE.format("inner")),
+    "vrbo": (lambda: solvers.vrbo(tiny().problem, Vars(POLYAK, None, SGD), rate=0.1), "opts.inner", VALUE.format("inner")),
     "stable": (
-        lambda: solvers.stable(T.problem, Vars(SGD, None, POLYAK), strong_convexity=0.1),
+        lambda: solvers.stable(tiny().problem, Vars(SGD, None, POLYAK), strong_convexity=0.1),
         "opts.outer",
         VALUE.format("outer"),
     ),
@@ -311,20 +312,20 @@ REFUSED = {
 
 
 def wrong_estimator(estimator):
-    return descend(implicit(T.problem), Vars(inner=POLYAK), estimator=estimator)
+    return descend(implicit(tiny().problem), Vars(inner=POLYAK), estimator=estimator)
 
 
 def over_tasks(inner, outer, **options):
-    return tasks.over_tasks(tasks.through_steps(T.problem, inner, 2, start=lambda vars: vars.outer, **options), outer)
+    return tasks.over_tasks(tasks.through_steps(tiny().problem, inner, 2, start=lambda vars: vars.outer, **options), outer)
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_in_init(case):
     make, name, text = REFUSED[case]
     solver = make()
-    draws = samplers.full().batches(T.data, jax.random.key(0), 0, solver.draws)
+    draws = samplers.full().batches(tiny().data, jax.random.key(0), 0, solver.draws)
     with pytest.raises(ValueError, match=rf"^{name}: got an optimiser of vars\.\w+ that {text}"):
-        solver.init(T.start, draws)
+        solver.init(tiny().start, draws)
 
 
 def test_refused_in_a_method():
@@ -335,6 +336,13 @@ def test_refused_in_a_method():
     undifferentiated = hypergrad.zeroth_order(optax.lbfgs(), 3)  # searches the lines, as nothing is differentiated
     at = jax.tree.map(lambda leaf: leaf[0], FULL)
     jax.eval_shape(hypergradient(CURVED, undifferentiated), AT.inner, AT.outer, at, None, jax.random.key(0))
+    stages = [
+        tasks.over_tasks(tasks.displacement(tiny().problem, optax.lbfgs(), 2), SGD),
+        tasks.over_tasks(tasks.proximal(tiny().problem, optax.lbfgs(), 2, strength=1.0), SGD),
+        unroll(tiny().problem, Vars(inner=optax.lbfgs(), outer=SGD), 2, jacobian=hypergrad.gaussian(1, 0.1)),
+    ]
+    for solver in map(sweep, stages):
+        solver.init(tiny().start, samplers.full().batches(tiny().data, jax.random.key(0), 0, solver.draws))
 
 
 def custom(start, following, along):
