@@ -88,7 +88,8 @@ def from_vectors(
             return unravel(u), stats
         b = settled(apply, b if guess is None else varying(b, guess))
         product, consts = jax.closure_convert(apply, b)  # one trace of matvec; all that may have a derivative is an argument
-        A = lambda u, *consts: product(varying(u, b), *consts)  # noqa: E731
+        shape = jax.eval_shape(lambda b: b, b)  # in place of b itself, which the derivative rule must not close over
+        A = lambda u, *consts: product(varying(u, shape), *consts)  # noqa: E731
 
         @jax.custom_jvp
         def solution(u: Array, b: Array, consts: Any, numbers: tuple) -> Array:

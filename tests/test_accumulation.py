@@ -74,7 +74,7 @@ def data(dtype: Any, count: int = COUNT) -> Levels:
 
 def after(name: str, dtype: Any) -> Any:
     """The variables and what the stages keep, after three updates on all the samples, none of which moves a variable."""
-    solver = SOLVERS[name](problem(), Vars(*map(lambda _: seen(), Vars._fields)))
+    solver = SOLVERS[name](problem(), Vars(*(seen() for _ in Vars._fields)))
     point = start(dtype)._replace(aux=aux_like(name, start(dtype).aux))
     state = jax.jit(lambda: run(solver, samplers.full(), point, data(dtype), jax.random.key(0), steps=3)[0].state)()
     return state.vars, [leaf for leaf in jax.tree.leaves(state.stages) if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -88,15 +88,11 @@ def test_solvers_over_many_samples(name):
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in kept)
 
 
-@pytest.mark.parametrize("count", [COUNT, COUNT - 24])
-def test_weighted_means_over_samples(count):
-    """Weights of a ragged block: the mean of 1, whose weights are no numbers of bfloat16."""
-    mean = mean_loss(lambda z, x, a: a * z, "loss")
-    weight = jnp.full(count, 1 / count, WIDE)
-    rows = jnp.ones(count, NARROW)
-    value, slope = jax.jit(jax.value_and_grad(lambda z: mean(z, None, rows, weight)))(jnp.ones((), NARROW))
-    assert float(value) == 1
-    close(slope, jnp.ones(()))
+def test_weighted_means_over_samples():
+    """The weights of a ragged block are no numbers of bfloat16; the mean of ones is one."""
+    mean, count = mean_loss(lambda z, x, a: a * z, "loss"), COUNT - 24
+    weight, rows = jnp.full(count, 1 / count, WIDE), jnp.ones(count, NARROW)
+    assert float(jax.jit(lambda z: mean(z, None, rows, weight))(jnp.ones((), NARROW))) == 1
 
 
 # ---- over blocks, and over updates ------------------------------------------------------------------------------------

@@ -301,7 +301,18 @@ def test_no_function_makes_nan_or_infinity(case):
     check_same(eager, compiled, tol=2e-5)
 
 
-@every_case
+#: Loops, branches, random lengths and paths; the others run with `make test-all`.
+WITHOUT_JIT = {
+    "hypergradient, iterative",
+    "linear system, cg",
+    "linear system, random_neumann",
+    "implicit_root",
+    "envelope",
+    "adbo",
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.more] * (c not in WITHOUT_JIT)) for c in CASES])
 def test_functions_run_without_jit(case):
     with jax.disable_jit():
         found = CASES[case](Z)

@@ -95,6 +95,26 @@ def test_theta_may_be_a_schedule():
     check_same(*(walk(solver, q.start, stream(1)[:3]) for solver in pair), tol=1e-15)
 
 
+WEIGHTED = {
+    "ma_soba": lambda weight: solvers.ma_soba(tiny().problem, OPTS, theta=weight),
+    "ema": lambda weight: with_estimator(ema(weight)),
+    "storm": lambda weight: with_estimator(storm(weight)),
+    "sl_bamm": lambda weight: solvers.sl_bamm(tiny().problem, OPTS, weight=weight),
+    "bda": lambda weight: solvers.bda(tiny().problem, OPTS._replace(aux=None), inner_steps=2, weight=weight),
+    "stable": lambda weight: solvers.stable(tiny().problem, OPTS._replace(aux=None), strong_convexity=0.5, tau=weight),
+}
+
+
+@pytest.mark.parametrize(("beyond", "end"), [(3.0, 1.0), (-1.0, 0.0)])
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_schedules_of_weights_are_clipped(name, beyond, end):
+    """Beyond 1 they are 1, and below 0 they are 0, whether they return a number or an array."""
+    draws = stream(1)[:2]
+    at_the_end = walk(WEIGHTED[name](end), tiny().start, draws)
+    for schedule in (lambda t: beyond, lambda t: beyond + 0.0 * t):
+        check_same(walk(WEIGHTED[name](schedule), tiny().start, draws), at_the_end, tol=1e-15)
+
+
 def test_ema_starts_at_the_first_direction_and_then_averages():
     """m_0 = D_0, m_t = m_{t-1} + theta_t (D_t - m_{t-1}), with a schedule that counts updates."""
     way, estimator = stateless(jnp.arange(1.0, 5.0)), ema(lambda t: 1.0 / (t + 1.0))
