@@ -217,14 +217,18 @@ def _no_array(name: str, leaf: Any) -> TypeError:
 def arrays(name: str, tree: PyTree) -> None:
     """Raise TypeError unless all leaves of ``tree`` are arrays; a list or tuple of numbers counts as one leaf."""
 
-    def plain(leaf: Any) -> bool:
-        return isinstance(leaf, bool | int | float | complex | str) and not isinstance(leaf, np.generic)
+    def number(node: Any) -> bool:
+        return isinstance(node, bool | int | float | complex | str) and not isinstance(node, np.generic)
 
-    def numbers(node: Any) -> bool:
-        below = jax.tree.leaves(node) if type(node) is list else node if type(node) is tuple else ()
-        return bool(below) and all(map(plain, below))
+    def plain(node: Any) -> bool:
+        return number(node) or (type(node) in (list, tuple) and bool(node) and all(map(plain, node)))
 
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=numbers):
+    def whole(node: Any) -> bool:
+        """Not to be looked into: lists of numbers, of any depth, and what yields its items once."""
+        flat = type(node) is tuple and bool(node) and all(map(number, node))
+        return flat or (type(node) is list and plain(node)) or isinstance(node, Iterator)
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=whole):
         if not is_array(leaf):
             raise _no_array(path_name(name, path), leaf)
 

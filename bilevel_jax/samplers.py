@@ -53,7 +53,7 @@ class Sampler(NamedTuple):
 
         # A loop of one turn stays a loop that XLA must see through; a few turns are cheaper written out.
         _, batches = lax.scan(body, None, plan, unroll=draws <= 4)
-        return batches._replace(full=self.whole(data))
+        return batches._replace(full=jax.tree.map(jnp.asarray, self.whole(data)))
 
     def lazily(self, data: Levels, plan: Plan) -> "Draws":
         """The draws of a plan, each to be gathered when it is taken."""

@@ -222,6 +222,7 @@ def simulate(
     if not isinstance(data, Levels):
         raise TypeError(f"data: got {type(data).__name__}, expected Levels(inner=..., outer=...)")
     checks.arrays("data", data)
+    data = jax.tree.map(jnp.asarray, data)
     for name, part in zip(Levels._fields, data, strict=True):
         checks.leading_axis(f"data.{name}", part, N, "one entry a worker")
         if any(leaf.shape[1:2] == (0,) for leaf in jax.tree.leaves(part)):
