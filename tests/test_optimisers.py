@@ -23,7 +23,7 @@ from bilevel_jax.stages import solve_inner, unroll
 from bilevel_jax.sweep import descend, sweep
 from bilevel_jax.value_oracles import penalty
 from tests import optimiser_table as table
-from tests.tables import tiny
+from tests.tables import thinned, tiny
 
 #: One of each kind; the others run with the marker ``more``.
 KINDS = {
@@ -33,9 +33,8 @@ KINDS = {
 SGD = optax.sgd(0.1)
 
 
-def names(*, kinds: set[str] = KINDS):
-    marked = [pytest.param(name, marks=[pytest.mark.more] * (name not in kinds)) for name in table.public()]
-    return pytest.mark.parametrize("name", marked)
+def names(*kinds):
+    return thinned("name", table.public(), *kinds)
 
 
 def squares(tree, weight=1.0):
@@ -93,7 +92,7 @@ def test_the_table_names_what_exists():
     assert len(table.public()) > 120
 
 
-@names()
+@names(*KINDS)
 def test_single_loop(name):
     """z, v and x of SOBA: two updates that compile once and stay finite, or a refusal that names the variable."""
     verdict, opt = table.verdict(name), table.make(name)
@@ -110,7 +109,7 @@ def test_single_loop(name):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@names()
+@names(*KINDS)
 def test_narrow_variables(name, dtype):
     """While 64 bits are enabled: the variables and the state keep their dtypes, so that a scan accepts them."""
     verdict, opt = table.verdict(name), table.make(name)
@@ -137,7 +136,7 @@ def along_a_path(name, opt, *, dead):
     return jax.jit(jax.grad(end))(jnp.float32(1.3))
 
 
-@names(kinds={"sgd", "adam", "lookahead", "polyak_sgd", "scale_by_zoom_linesearch"})
+@names("sgd", "adam", "lookahead", "polyak_sgd", "scale_by_zoom_linesearch")
 def test_unrolled(name):
     """Differentiated paths: finite, or NaN as the table says, or refused."""
     if table.verdict(name).unrolled:

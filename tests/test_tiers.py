@@ -26,6 +26,7 @@ ONLY_MORE = {
     "test_experiments.py::test_coin_*": (COMMAND, "a whole command"),
     "test_learned_*::test_the_real_messages": ("test_learned_*::test_derivatives", "a real data set"),
     "test_data.py::test_real_*": ("test_data.py::test_real_covtype_sample", "a large data set"),
+    "test_optimisers.py::test_the_page_is_what_*": ("test_optimisers.py::test_the_page_has_*", "the longest table"),
     # Long runs, of which a shorter one is near
     "test_checkpoints.py::test_halved_rates_*": ("test_guard.py::test_lanes_halve_on_their_own", "long runs"),
     "test_checkpoints.py::test_a_stream_is_taken_up": ("test_streaming.py::test_a_stream_from_files_*", "long runs"),
