@@ -36,6 +36,7 @@ from bilevel_jax.loop import several
 from bilevel_jax.moreau import envelope, residual
 from bilevel_jax.parallel import data_mesh, deal, place
 from bilevel_jax.readers import from_arrays
+from tests.tables import thinned
 
 LONG = 10_000
 
@@ -316,10 +317,9 @@ ROWS = {
 
 #: One place of every function by default: what it does with the others is the same.
 FIRST = {name: (name, argument) for name, argument in reversed(PLACES)}
-COMPILED = [pytest.param(place, marks=[] if place in FIRST.values() else pytest.mark.more) for place in PLACES]
 
 
-@pytest.mark.parametrize("place", COMPILED, ids=" ".join)
+@thinned("place", PLACES, *FIRST.values(), ids=" ".join)
 def test_float64_is_converted_as_asarray_does(place):
     """The same numbers come out as of what `jax.numpy.asarray` makes of it, and none of them in float64."""
     shape = SHAPES[place[1].split(".")[-1]] if place in VARIABLES else ROWS.get(place[0], (6, 2))
