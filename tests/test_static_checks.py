@@ -14,12 +14,8 @@ from bilevel_jax import Batch, Levels, Problem, Vars, nonsmooth, run, samplers, 
 from bilevel_jax.inspection import depends, uses
 from bilevel_jax.oracles import losses
 from bilevel_jax.projections import proximal_sgd
-from tests.tables import ALIKE, SOLVERS, build, tiny, tiny_sampler, tiny_start
+from tests.tables import build, every_kind, tiny, tiny_sampler, tiny_start
 
-#: One solver of each kind by default.
-every_solver = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.more] * (name in ALIKE)) for name in SOLVERS]
-)
 #: Rows whose z, or y, moves along f, too.
 ALONG_F = {"meha", "f2sa_p", "bome", "bvfim", "bvfsm", "sl_bamm", "bda"}
 
@@ -40,7 +36,7 @@ def said(call: Callable[[], Any]) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
-@every_solver
+@every_kind
 def test_losses_without_x_are_refused(name):
     problem = Problem(lambda z, x, s: INNER(z, 1.0, s), lambda z, x, s: OUTER(z, 1.0, s))
     with pytest.raises(
@@ -49,13 +45,13 @@ def test_losses_without_x_are_refused(name):
         begin(name, problem)
 
 
-@every_solver
+@every_kind
 def test_an_outer_loss_of_neither_variable_is_refused(name):
     with pytest.raises(ValueError, match=r"(^problem.outer: got a loss that depends on neither z nor x|^truncate: got 0)"):
         begin(name, Problem(INNER, lambda z, x, s: s**2))
 
 
-@every_solver
+@every_kind
 def test_an_outer_loss_without_z_is_warned_of_once(name):
     """In ``init``, however many stages there are, and not when the update is traced, again and again."""
     problem = Problem(INNER, lambda z, x, s: (x - s) ** 2)
@@ -67,7 +63,7 @@ def test_an_outer_loss_without_z_is_warned_of_once(name):
         jax.eval_shape(lambda state, batches: solver.update(state, batches), state, batches)  # warnings are errors here
 
 
-@every_solver
+@every_kind
 def test_an_inner_loss_without_z(name):
     """Refused where z moves along its gradient alone."""
     problem = Problem(lambda z, x, s: (x - s[0]) ** 2, OUTER)
@@ -79,7 +75,7 @@ def test_an_inner_loss_without_z(name):
             begin(name, problem)
 
 
-@every_solver
+@every_kind
 def test_swapped_arguments_are_noted(name):
     """On z of two entries and x of three, where the shapes show it."""
     problem = Problem(
@@ -242,7 +238,7 @@ def test_x_may_enter_by_a_nonsmooth_term(name):
     )
 
 
-@every_solver
+@every_kind
 def test_healthy_losses_say_nothing(name):
     begin(name, tiny().problem)  # warnings are errors here
     begin(name, Problem(INNER, lambda z, x, s: (z - s) ** 2) if name != "fo_itd_bio" else tiny().problem)  # x by the inner one
