@@ -332,7 +332,8 @@ def test_pytrees_and_starts_of_the_workers():
     np.testing.assert_allclose(moved.inner[:, 2:], (1 - 2 * RATES.inner) * master.inner[:, 2:])
 
 
-@thinned("rounds", [1, 5], 1)
+@pytest.mark.more
+@pytest.mark.parametrize("rounds", [1, 5])
 def test_the_toy_ends_near_its_optimum_and_warm_multipliers_agree(rounds):
     """Consensus error and the norm of the hypergradient fall; multipliers that start warm reduce the disagreement."""
     toy = Problem(lambda z, x, b: ((z - x - b) ** 2).sum() / 2, lambda z, x, a: ((z - a) ** 2).sum() / 2)

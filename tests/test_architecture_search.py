@@ -238,7 +238,8 @@ def test_lookahead_is_the_gradient_after_a_step():
         assert np.abs(b - c).max() > 1e-3  # the step ahead matters
 
 
-@thinned("method", ["darts_first", "darts_second", "meha"], "darts_second")
+@pytest.mark.more
+@pytest.mark.parametrize("method", ["darts_first", "darts_second", "meha"])
 def test_methods_descend(method):
     problem, data, start = toy()
     rates = TINY.rates._replace(outer=0.03)

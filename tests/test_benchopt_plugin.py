@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 
 from bilevel_jax import run, samplers, solvers, testing
-from tests.tables import thinned
 
 benchmark = pytest.importorskip("benchopt.benchmark", reason="benchopt is not installed")
 from benchopt.utils.dynamic_modules import skip_import_ctx  # noqa: E402
@@ -61,7 +60,8 @@ def stretches(solver, count):
     return solver.get_result()
 
 
-@thinned("size", [4, 8, 13], 4)
+@pytest.mark.more
+@pytest.mark.parametrize("size", [4, 8, 13])
 def test_blocks_average_to_the_whole(own, objective, size):
     from benchmark_utils.bilevel_jax_plugin import block_loss  # type: ignore[import-not-found]
 
@@ -76,6 +76,7 @@ def test_blocks_average_to_the_whole(own, objective, size):
     assert jax.tree.all(jax.tree.map(partial(jnp.allclose, rtol=1e-12, atol=1e-12), at(jnp.arange(count)), exact))
 
 
+@pytest.mark.more
 def test_saba_makes_the_iterates_of_the_library_and_compiles_once(own, objective):
     """Blocks as samples of the plug-in, or blocks of rows with a mask: the same draws, the same SABA."""
     rates = {"step_size": 0.1, "outer_ratio": 2.0, "batch_size": 4, "eval_freq": 10, "random_state": 3}

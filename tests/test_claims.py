@@ -230,6 +230,7 @@ class Randomised(Saved):
         return randomised(name, file, self.seed)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("claim", [c for c in CLAIMS if c.measure], ids=lambda claim: claim.text[:70])
 def test_every_condition_of_every_claim_can_come_out_the_other_way(claim):
     before = list(claim.measure(Saved()).parts.items())

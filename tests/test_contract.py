@@ -46,7 +46,6 @@ from tests.tables import (
     distance,
     donated_update,
     every_kind,
-    every_solver,
     kinds,
     stream,
     thinned,
@@ -391,7 +390,7 @@ def test_carry_may_be_donated_and_what_the_caller_owns_survives():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(q.start))
 
 
-@every_solver
+@every_kind
 def test_no_two_leaves_of_a_state_share_a_buffer(name):
     q, solver = tiny(), build(name, tiny().problem)
     shared = q.start._replace(aux=aux_like(name, q.start.inner))  # one buffer in two variables
@@ -408,7 +407,7 @@ def test_init_only_needs_shapes():
     check_same(solver.init(tiny().start, shapes), solver.init(tiny().start, batches))
 
 
-@pytest.mark.parametrize("name", ["saba", "fsla", "vrbo", "ttsa"])
+@thinned("name", ["saba", "fsla", "vrbo", "ttsa"], "saba", "vrbo")
 def test_stream_is_run(name):
     """A host loop over the batches that a run would draw gives its iterates; a state goes on where it was left.
 
@@ -590,7 +589,7 @@ READ["iaptt"] = partial(on_one_draw, again=3, more=3)
 READ["f2sa_p"] = partial(first_order, points=NODES)
 
 
-@pytest.mark.parametrize("name", [name for name in SOLVERS if name not in COUNTED])
+@kinds(*COUNTED)
 def test_declared_cost_is_that_of_the_program(name):
     solver = build(name, linear()[0])
     calls = counted_calls(solver, TAKEN.get(name), READ.get(name, second_order))

@@ -34,7 +34,7 @@ def newcomer():
         yield
 
 
-@thinned("page", [name for name in PAGES if blocks(name)], "index.md", "quickstart.md", "bilevel.md")
+@thinned("page", [name for name in PAGES if blocks(name)], "index.md", "quickstart.md")
 def test_blocks_run_in_order(page, newcomer):
     namespace: dict = {"__name__": page}
     assert any("assert " in block for block in blocks(page))  # the blocks say what must come out

@@ -253,6 +253,7 @@ def test_stable_raises_eigenvalues():
     np.testing.assert_allclose(state.vars.aux, -fz / 50.0, rtol=1e-12)
 
 
+@pytest.mark.more
 def test_hoag_to_a_small_tolerance_is_gradient_descent_on_h():
     q = small()
     solver = solvers.hoag(q.problem, FAST, tolerance=1e-11, max_steps=400)
@@ -303,6 +304,7 @@ def test_inner_optimiser_of_a_path_starts_anew():
         check_same(again.vars, second.vars, tol=1e-14)
 
 
+@pytest.mark.more
 def test_mean_of_pzobo_is_the_unrolled_gradient():
     """The path is linear in x, so that only the sampling error is left: sqrt((d + 1) / directions), without a factor 1/d."""
     q, directions = small(), 40_000

@@ -44,7 +44,7 @@ from bilevel_jax.testing import quadratic
 from bilevel_jax.types import Slot
 from bilevel_jax.value_oracles import moreau
 from tests.checks import ZERO
-from tests.tables import FIRST_ORDER, NESTED_LOOPS, SINGLE_LOOP, SOLVERS
+from tests.tables import FIRST_ORDER, NESTED_LOOPS, SINGLE_LOOP, SOLVERS, thinned
 
 ROWS = (10, 6)
 OPTS = Vars(*map(optax.sgd, (0.1, 0.1, 0.1)))
@@ -938,7 +938,7 @@ MULTIPLIED = {
 }
 
 
-@pytest.mark.parametrize("name", MULTIPLIED)
+@thinned("name", MULTIPLIED, "meha", "f2sa_p")
 def test_a_multiplier_that_leaves_no_digits_warns(name):
     """1e5 times a difference in float32, eps 1.2e-7, has 1.9 digits; in float64 it has ten; 100 is fine in both."""
     call = partial(single, MULTIPLIED[name])

@@ -146,6 +146,7 @@ def test_overwrite_spares_folders_of_others(tmp_path):
     assert (tmp_path / "precious.txt").exists()
 
 
+@pytest.mark.more
 def test_divergence_is_recorded_and_reported(tmp_path, capsys):
     hyperparameter_selection.main(selection(tmp_path / "run", step_size=1e6, solvers=("soba",)))
     table = pd.read_csv(tmp_path / "run" / "history.csv")
@@ -332,7 +333,7 @@ class TestExact:
                 slope = (evaluate(x + step, guess).value - evaluate(x - step, guess).value) / 2e-5
                 np.testing.assert_allclose(found.gradient[k], slope, rtol=1e-6, atol=1e-10)
 
-    @thinned("kind", ["binary", "softmax"], "softmax")
+    @thinned("kind", ["binary", "softmax"], "binary")
     def test_hessian(self, small, kind):
         problem, levels, shape, dim = small[kind]
         with jax.enable_x64(True):
@@ -353,6 +354,7 @@ class TestExact:
                 assert float(evaluate(x, np.zeros(shape)).value) >= best.value - 1e-14
 
 
+@pytest.mark.more
 def test_help_and_bad_names():
     run = subprocess.run(
         [sys.executable, "-m", "experiments.hyperparameter_selection", "--help"], capture_output=True, text=True, cwd=ROOT

@@ -61,8 +61,11 @@ def draws(solver: Solver, data: Levels, updates: int, sampler: samplers.Sampler 
 
 
 @thinned("random_terms", [True, False], True, ids=["random", "sum"])
-@pytest.mark.parametrize(
-    ("clients", "steps", "turns"), [(1, 3, 2), (CLIENTS, 1, 4)], ids=["one client, three steps", "six clients, one step"]
+@thinned(
+    ("clients", "steps", "turns"),
+    [(1, 3, 2), (CLIENTS, 1, 4)],
+    (CLIENTS, 1, 4),
+    ids=["one client, three steps", "six clients, one step"],
 )
 def test_without_clients_or_local_steps_it_is_a_double_loop(q, clients, steps, turns, random_terms):
     """The library's own stages on all the rows: z by gradient steps, v by the series, x by one step.
@@ -166,7 +169,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@thinned("case", CASES, "random")
 def test_it_is_its_numpy_reference(q, case):
     """Every client on blocks of its own, fresh ones for every gradient and every product; and what it sends for that."""
     sizes = {"inner_rounds": 2, "local_steps": 3, "neumann_terms": 3}
@@ -219,6 +222,7 @@ def test_it_ends_where_the_hypergradient_is_zero(q):
     assert int(worst(state)) == Result.SUCCESSFUL
 
 
+@pytest.mark.more
 def test_without_the_correction_the_clients_drift(q):
     """Local steps keep the solution with the correction of FedInn, and leave it without."""
     kept, left, single = (
@@ -242,6 +246,7 @@ def test_the_correction_in_x_keeps_the_solution(q):
 # ---- transformations --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.more
 def test_runs_are_jitted_mapped_and_resumed(q):
     solver = fednest(q.problem, **RATES, inner_rounds=2, local_steps=2, neumann_terms=3)
     sampler, data = per_agent(samplers.uniform(1)), split(q)
@@ -315,7 +320,7 @@ def products(jaxpr: Any, times: float = 1.0) -> Counter:
     return found
 
 
-@pytest.mark.parametrize("corrected", [True, False])
+@thinned("corrected", [True, False], True)
 @thinned("steps", [1, 4], 4)
 def test_declared_cost_is_that_of_the_program(steps, corrected):
     def loss(z, x, rows):

@@ -209,7 +209,8 @@ def follow(loss, params, support, steps, rate, adapted=lambda path: True):
     return params
 
 
-@thinned("name", ["maml", "anil"], "anil")
+@pytest.mark.more
+@pytest.mark.parametrize("name", ["maml", "anil"])
 def test_meta_gradient_equals_finite_differences(name, learner):
     model, loss, _, batch = learner
     options = {"adapted": head} if name == "anil" else {}
@@ -264,6 +265,7 @@ def test_adaptation_at_test_time(name, learner):
         np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.more
 def test_heads_of_tasks_are_apart(learner):
     """The inner gradient in the stacked heads is that of every task by itself."""
     model, loss, _, batch = learner
@@ -278,6 +280,7 @@ def test_heads_of_tasks_are_apart(learner):
             np.testing.assert_allclose(one[i], other, rtol=1e-9)
 
 
+@pytest.mark.more
 def test_held_draws():
     sampler = samplers.episodes(2, ways=3, shots=1, queries=1)
     source = Levels(inner=jnp.arange(4 * 5, dtype=jnp.float64).reshape(4, 5))

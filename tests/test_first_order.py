@@ -387,6 +387,7 @@ def path_of(direction: Any, z: jax.Array, x: jax.Array, rate: float, steps: int)
     return found
 
 
+@pytest.mark.more
 def test_bda_is_the_derivative_of_its_path():
     """By jax.grad of a loop written out; the start of the path stays."""
     problem, start, batch = logistic()

@@ -15,7 +15,7 @@ from bilevel_jax.distributed.gossip import messages, mix, sent_bytes
 from bilevel_jax.testing import Quadratic, quadratic
 from tests.checks import check_runs, check_same, follow
 from tests.references import inner_terms, outer_terms
-from tests.tables import distance
+from tests.tables import distance, thinned
 
 AGENTS, ROWS = 6, 2
 OPTS = Vars(*map(optax.sgd, (0.3, 0.3, 0.1)))
@@ -61,17 +61,16 @@ def test_averaging_with_all_is_the_centralised_method(q):
     assert distance(alone[-1].vars.outer, q.start.outer) > 0.01
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda problem: solvers.saba(problem, Vars(*(optax.sgd(0.1, momentum=0.5) for _ in range(3)))),
-        lambda problem: solvers.bsa(problem, Vars(inner=optax.sgd(0.1), outer=optax.adam(0.1)), rate=0.2, terms=3),
-    ],
-    ids=["saba", "bsa"],
-)
-def test_agents_that_do_not_mix_run_by_themselves(q, make):
+APART = {
+    "saba": lambda problem: solvers.saba(problem, Vars(*(optax.sgd(0.1, momentum=0.5) for _ in range(3)))),
+    "bsa": lambda problem: solvers.bsa(problem, Vars(inner=optax.sgd(0.1), outer=optax.adam(0.1)), rate=0.2, terms=3),
+}
+
+
+@thinned("name", APART, "saba")
+def test_agents_that_do_not_mix_run_by_themselves(q, name):
     """W = 1: tables, momentum, random lengths and all."""
-    solver = make(q.problem)
+    solver = APART[name](q.problem)
     batches = draws(q, solver, 6)
     together = follow(gossip(solver, np.eye(AGENTS)), q.start, batches)
     for agent in (0, AGENTS - 1):
@@ -167,6 +166,7 @@ def test_the_gap_of_a_directed_cycle(q):
     assert np.isclose(spectral_gap(ring(AGENTS)), 1 - (1 + 2 * np.cos(np.pi / 3)) / 3)
 
 
+@pytest.mark.more
 def test_constant_steps_end_near_the_solution(q):
     """On a ring the distance falls with the steps: the agents' data differ.  With all averaged there is none."""
 

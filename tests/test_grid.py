@@ -50,6 +50,7 @@ def searched(tmp_path_factory):
             return out, grid.main(config(out, decays=(0.0, 0.5)))
 
 
+@pytest.mark.more
 def test_lanes_are_plain_runs(task, searched):
     """Steps that fall and steps that do not, of another seed and rate, against optimisers made here."""
     _, table = searched
@@ -89,6 +90,7 @@ def test_schedule_of_the_paper_is_the_default(task):
     assert np.abs(moved(Rates(0.1, 1.0)) - np.asarray(state.vars.inner)).max() > 1e-3
 
 
+@pytest.mark.more
 def test_diverged_lanes_are_recorded(searched):
     _, table = searched
     wild = table["step_size"] == 1e6

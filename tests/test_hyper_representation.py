@@ -50,6 +50,7 @@ def test_layers():
     np.testing.assert_allclose(hyper.features(x, rows), sigmoid(-3 * sigmoid(np.array([[0, 0], [2, 2]]))))
 
 
+@pytest.mark.more
 def test_targets_are_made_by_features(made):
     _, data, start, _ = made
     assert start.outer[0].shape == (3, 4)

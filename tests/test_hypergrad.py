@@ -132,6 +132,7 @@ def test_truncation_error_of_itd_has_the_slope_of_theory():
     assert slope == pytest.approx(np.log(1 - 0.7 * np.linalg.eigvalsh(hessian())[0]), rel=0.05)
 
 
+@pytest.mark.more
 def test_paths_that_start_elsewhere():
     """Truncation is a short path from the last iterates; checkpoints change nothing but memory; weights reach the losses."""
     q, x = small(), small().start.outer

@@ -176,6 +176,7 @@ def pair_up(state):
     return list(zip(jax.tree.leaves(state.table), jax.tree.leaves(state.mean), strict=True))
 
 
+@pytest.mark.more
 @pytest.mark.usefixtures("optimised")
 def test_saga_in_float32_does_not_drift():
     """With a mean that is a plain sum SABA ends at 2e-4 of the start after these updates, and further out after more."""

@@ -159,7 +159,8 @@ def test_chain_in_rational_arithmetic(n, m):
     assert exact_support(n, m) == [k * (n + m - 1) + 1 for k in range(1, 5)]
 
 
-@thinned(("n", "m"), COUNTS, (2, 1))
+@pytest.mark.more
+@pytest.mark.parametrize(("n", "m"), COUNTS)
 def test_chain_of_the_solver(n, m):
     assert support(n, m) == exact_support(n, m)
 

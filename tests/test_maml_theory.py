@@ -38,6 +38,7 @@ def test_bias():
     assert (table.loc["fomaml", "gradient_norm"] > 1e-3).all()
 
 
+@pytest.mark.more
 def test_smoothness():
     """At a maximum of the loss the bound is attained."""
     table = maml_theory.smoothness(0.3, (1, 4))

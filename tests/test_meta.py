@@ -151,6 +151,7 @@ def test_anil_follows_its_formulas():
     assert max(jax.tree.leaves(jax.tree.map(distance, way, formula))) < 1e-12
 
 
+@pytest.mark.more
 def test_anil_is_back_propagation():
     params, support, query = network()
 
@@ -185,6 +186,7 @@ def test_a_start_that_is_not_learned_is_itd_bio(first_order):
     assert jnp.abs(expected).max() > 1e-3
 
 
+@pytest.mark.more
 def test_the_kept_start_is_that_of_the_model():
     params, support, query = network()
     solver = solvers.anil(NETWORK, opts(), adapted=of_head, learn_start=False)

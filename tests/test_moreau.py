@@ -83,6 +83,7 @@ def test_residual_is_the_gradient_of_the_penalised_loss():
     np.testing.assert_allclose(found(c), c * jnp.sqrt((way.inner**2).sum() + (way.outer**2).sum()), rtol=1e-8)
 
 
+@pytest.mark.more
 def test_an_envelope_that_is_not_solved_says_so():
     problem, start, batch = logistic()
     z, few = jnp.full(4, 3.0), {"gamma": 0.7, "rate": 0.15, "max_steps": 2}
@@ -271,6 +272,7 @@ def test_meha_on_a_merely_convex_problem(rates, gamma, updates):
         assert arrival(away) == updates
 
 
+@pytest.mark.more
 def test_unrolling_is_blind_to_what_the_inner_loss_does_not_see():
     """z2 has no inner gradient and stays where it starts, so that x goes to the mean of that and 1, far from the solution;
     the aggregated steps of BDA move it."""
@@ -288,6 +290,7 @@ def test_unrolling_is_blind_to_what_the_inner_loss_does_not_see():
 # ---- S2: g has many minima ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.more
 def test_meha_among_many_inner_minima():
     """``f = (x - 2)^2 + (z - 4)^2``, ``g = sin(x + z - 2)``, from (-6, 0), z in a box, gamma below 1/2: 120 updates to 1 %."""
     problem = Problem(lambda z, x, a: jnp.sin(x + z - 2), lambda z, x, b: (x - 2) ** 2 + (z - 4) ** 2)

@@ -111,7 +111,7 @@ COUNTS = {
 }
 
 
-@thinned("name", COUNTS, "merely_convex", "sine", "lasso")
+@thinned("name", COUNTS, "sine")
 def test_counts(name):
     """Updates from which on MEHA stays within the tolerance; by a run of the solver of the library, too."""
     make, setting, count, updates, tolerance = COUNTS[name]
@@ -130,6 +130,7 @@ def test_counts(name):
     assert errors[-1] <= tolerance < errors[-2]
 
 
+@pytest.mark.more
 def test_lanes_and_trace_agree():
     """A lane from another start; the first crossing is before the last; what is not solved is infinite."""
     case, setting = sine(1), KNOWN["sine"]
@@ -175,6 +176,7 @@ def test_claims_can_fail():
     assert [row["verdict"] for row in nonconvex_claims.rate_claims("sine", fixed)] == ["holds", "holds", "does not hold"]
 
 
+@pytest.mark.more
 def test_stuck_methods():
     """What unrolling does where an entry of z has no inner gradient."""
     verdicts = {row["claim"]: row for row in nonconvex_claims.stuck()}

@@ -14,7 +14,6 @@ from nbclient import NotebookClient
 from traitlets.config import Config
 
 from experiments import data
-from tests.tables import thinned
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NAMES = ("quickstart", "own_solver", "hyperparameter_selection", "few_shot", "asynchronous", "accelerator")
@@ -84,7 +83,8 @@ def kinds(cell):
 
 @pytest.mark.filterwarnings("default")  # of the client; the kernel is another process
 @pytest.mark.parametrize("short", [pytest.param(True, id="short"), pytest.param(False, id="full", marks=pytest.mark.slow)])
-@thinned("name", NAMES, "hyperparameter_selection")
+@pytest.mark.more
+@pytest.mark.parametrize("name", NAMES)
 def test_runs(name, short, monkeypatch):
     """Without an error and a warning, and every cell puts out what the committed one does."""
     if name == "few_shot" and not short:  # the others have bundled data to fall back on

@@ -66,7 +66,8 @@ def test_noise_leaves_a_plateau_that_falls_with_the_steps(name):
     assert 1.4 < large / small_ < 4
 
 
-@thinned("reduced", ["inner", "outer"], "inner")
+@pytest.mark.more
+@pytest.mark.parametrize("reduced", ["inner", "outer"])
 def test_variance_reduction_of_one_variable_is_not_enough(reduced):
     """SAGA on z, or on x, alone stalls as SOBA does."""
 

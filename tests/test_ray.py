@@ -227,6 +227,7 @@ def test_evicted_workers_are_ended_and_the_last_one_goes_on():
             [process.kill() for process in gone if process.is_running()]
 
 
+@pytest.mark.more
 def test_an_exception_in_a_worker_reaches_the_master():
     def load(worker):
         raise FileNotFoundError(f"no shard {worker} here")

@@ -55,7 +55,8 @@ def test_command_writes_complete_tables(tmp_path, capsys):
     assert all(name in printed for name in ("saba", "host loop", "peak_mb"))
 
 
-@thinned("name", SHAPES, "ijcnn1")
+@pytest.mark.more
+@pytest.mark.parametrize("name", SHAPES)
 def test_floor_is_soba(name):
     shape = SHAPES[name](QUICK[name])._replace(rates=Vars(0.1, 0.1, 1.0))  # so large that x moves, too
     batches = samplers.uniform(BATCH).batches(shape.data, jax.random.key(2), 0, 50)._replace(full=None)

@@ -13,7 +13,6 @@ from experiments.speed import device_cases, devices
 from experiments.speed.__main__ import main
 from experiments.speed.device_cases import Size
 from experiments.speed.shapes import SHAPES, Sizes
-from tests.tables import thinned
 
 SMALL = Size(Sizes(256, 128, 8, 3), 64)
 #: Step sizes of x so large that it moves: a row of "cleaning" carries 1 / 256.
@@ -29,7 +28,8 @@ def after(solver, shape, steps, at):
     return state.vars
 
 
-@thinned("kind", RATES, "ijcnn1")
+@pytest.mark.more
+@pytest.mark.parametrize("kind", RATES)
 @pytest.mark.parametrize("name", ["aid_cg", "meha"])
 def test_floors_are_the_solvers(name, kind):
     shape = SHAPES[kind](SMALL.sizes)._replace(rates=Vars(0.1, 0.1, RATES[kind]))

@@ -79,6 +79,7 @@ def test_torch_variants_agree(case):
             assert relative(np.load(path), case) < 1e-5, name
 
 
+@pytest.mark.more
 def test_command_writes_a_complete_table(tmp_path, capsys):
     main(["meta", "--quick", "--repeats", "2", "--networks", "mlp", "--only", "ours vmap", "--out", str(tmp_path)])
     table = pd.read_csv(tmp_path / "meta.csv")

@@ -142,7 +142,7 @@ def made(name, inner=0.2, outer=1.0, **own):
     return MAKE[name](NETWORK, opts(inner, outer), inner_steps=3, **own)
 
 
-@pytest.mark.parametrize("loop", ["map", "scan", "unrolled", "auto"])
+@thinned("loop", ["map", "scan", "unrolled", "auto"], "scan")
 def test_loops_agree(loop):
     """The loop changes nothing but rounding: x, the last z and the state."""
     batch, found = drawn(quadratics()), []
@@ -153,7 +153,7 @@ def test_loops_agree(loop):
     assert distance(found[0].vars.outer, POINT) > 1e-2
 
 
-@every
+@thinned("name", MAKE, "maml")
 def test_scan_and_vmap_agree(name):
     params, support, query = network()
     scan, vmap = (direction(made(name, loop=loop), params, drawn(support, query)) for loop in ("scan", "vmap"))
@@ -179,7 +179,7 @@ def test_run_on_episodes():
     assert distance(ends["head"][0], ends["head"][1]) > 1e-6
 
 
-@every
+@thinned("name", MAKE, "maml")
 def test_dtypes_are_kept(name):
     params, support, query = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), network())
     batch = drawn(support, query)
