@@ -455,7 +455,9 @@ CASES = {
         ValueError,
         ("outer_smoothness = inf", "expected 0 <"),
     ),
-    "smoothness is text": Case(lambda: accelerated(smoothness="2"), TypeError, ("smoothness", "'2'", "expected a Python number")),
+    "smoothness is text": Case(
+        lambda: accelerated(smoothness="2"), TypeError, ("smoothness", "'2'", "expected a Python number")
+    ),
     "more steps differentiated than done": Case(
         lambda: solvers.itd_bio(good(), TWO, inner_steps=2, truncate=3),
         ValueError,

@@ -13,6 +13,9 @@ PAGES = sorted((ROOT / "docs" / "reference").glob("*.md"))
 ENTRIES = [name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
 #: Modules that only serve others, as reference/index.md says; what of them is public is an entry all the same.
 SERVANTS = {
+    "bilevel_jax.arguments",
+    "bilevel_jax.control_flow",
+    "bilevel_jax.inspection",
     "bilevel_jax.linear_contract",
     "bilevel_jax.lineax_bridge",
     "bilevel_jax.neumann_series",
@@ -98,7 +101,7 @@ def test_docstrings_become_markdown():
         return {section.kind.value: section.value for section in library[path].docstring.parse("google")}
 
     auto = sections("linear_solve.auto")
-    assert [row.name for row in auto["parameters"]] == ["positive_definite", "dense_below", "max_steps", "rtol"]
+    assert [row.name for row in auto["parameters"]] == ["positive_definite", "dense_below", "max_steps", "rtol", "damping"]
     assert 'identifier="bilevel_jax.linear_solve.dense"' in auto["text"]
     assert auto["examples"][0][1].startswith(">>> ")
     assert "at z\\*(x) only" in sections("hypergrad.implicit")["parameters"][1].description

@@ -142,13 +142,11 @@ def test_stats_of_hypergradients(name, damping, dtype):
         assert int(stats.steps) == (1 if name == "one_step" else 3)
     else:
         close(stats.inner, wide(z))
-        last = (
-            np.linalg.matrix_power(np.eye(N) - RATE * A, TERMS) @ at
-        )  # of the Neumann sum: what is left of its right-hand side
+        last = np.linalg.matrix_power(np.eye(N) - RATE * A, TERMS) @ at  # the last summand of the Neumann sum, over the rate
         close(stats.adjoint_residual, np.linalg.norm(last if name == "implicit, neumann" else A @ v + at))
         close(gradient, x - v)
     if damping:
-        assert stats.adjoint_residual > 0.1
+        assert float(stats.adjoint_residual) > 0.1
     assert stats.code <= Result.STAGNATION
 
 
