@@ -25,12 +25,17 @@ def scan(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: PyTree, **
     def once(carry: Any, xs: PyTree) -> Any:
         return body(carry, jax.tree.map(lambda leaf: leaf[0], xs))[0]
 
-    return lax.scan(body, settled(once, carry, xs), xs, **options)
+    def agreed(carry: Any, x: Any) -> tuple[Any, Any]:
+        new, y = body(carry, x)
+        return varying(new, carry), y
+
+    return lax.scan(agreed if _in_shard_map() else body, settled(once, carry, xs), xs, **options)
 
 
 def while_loop(condition: Callable[[Any], Array], body: Callable[[Any], Any], carry: Any) -> Any:
     """`jax.lax.while_loop`."""
-    return lax.while_loop(condition, body, settled(body, carry))
+    agreed = (lambda carry: varying(body(carry), carry)) if _in_shard_map() else body
+    return lax.while_loop(condition, agreed, settled(body, carry))
 
 
 def cond(predicate: Array, true: Callable[..., Any], false: Callable[..., Any], *operands: Any) -> Any:
@@ -63,6 +68,25 @@ def varying(tree: Any, *like: Any) -> Any:
         return lax.pcast(value, tuple(sorted(missing)), to="varying") if missing else value
 
     return jax.tree.map(leaf, tree, *like)
+
+
+def marked(tree: Any, *like: Any) -> Any:
+    """A tree all of whose leaves vary over the axes over which some leaf, of it or of the others, does.
+
+    Inside `jax.shard_map` the derivative by what is the same on all devices is summed over them: variables of which each device
+    has its own must be marked before they are differentiated.
+    """
+    if not _in_shard_map():
+        return tree
+    return jax.tree.map(lambda leaf: varying(leaf, *jax.tree.leaves((tree, like))), tree)
+
+
+def unmarked(tree: Any, *like: Any) -> list[str]:
+    """The axes over which some leaf, of the tree or of the others, varies, and some leaf of the tree does not."""
+    if not _in_shard_map():
+        return []
+    every = frozenset().union(*map(_axes, jax.tree.leaves((tree, like))))
+    return sorted(frozenset().union(*(every - _axes(leaf) for leaf in jax.tree.leaves(tree))))
 
 
 def _axes(leaf: Any) -> frozenset[str]:

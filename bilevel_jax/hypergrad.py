@@ -15,7 +15,7 @@ import optax
 from jax import lax
 
 from bilevel_jax import checks, linear_solve
-from bilevel_jax.control_flow import scan
+from bilevel_jax.control_flow import marked, scan
 from bilevel_jax.linear_solve import LinearSolver
 from bilevel_jax.optimisers import begin, moved
 from bilevel_jax.oracles import losses
@@ -81,6 +81,7 @@ def hypergradient(problem: Problem, method: Method) -> Callable[..., tuple[Array
         if guess is not None:
             guess = checks.floating("guess", guess)
             checks.same_shapes("guess", guess, z, "z")
+        z, x = marked((z, x))
         return method(bind(problem, batch), z, x, guess, key)
 
     return evaluate

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax import checks
-from bilevel_jax.control_flow import scan
+from bilevel_jax.control_flow import marked, scan
 from bilevel_jax.results import Result, all_finite, worst
 from bilevel_jax.samplers import Plan, Sampler, take_draw, take_window
 from bilevel_jax.types import Array, Batch, BilevelState, Calls, Cost, Levels, Solver, Vars
@@ -37,10 +37,11 @@ def begin(solver: Solver, sampler: Sampler, vars: Vars, data: Levels, key: Array
     checks.kind("data", data, Levels, "Levels(inner=..., outer=...)")
     checks.finite("data", data)
     shapes = jax.eval_shape(lambda d, k: sampler.batches(d, k, 0, solver.draws), data, key)
-    state = solver.init(vars, shapes)
+    state = solver.init(marked(vars, key), shapes)
     checks.finite("vars", vars)
     # copies: the carry may be donated, and the caller keeps the key and the variables
-    return Carry(state, jnp.copy(key), jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, state.vars))
+    carry = Carry(state, jnp.copy(key), jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, state.vars))
+    return marked(carry)
 
 
 def resume(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax import checks
-from bilevel_jax.control_flow import while_loop
+from bilevel_jax.control_flow import marked, while_loop
 from bilevel_jax.nonsmooth import Nonsmooth, zero
 from bilevel_jax.oracles import losses
 from bilevel_jax.results import Result
@@ -79,7 +79,7 @@ def envelope(
     if nonsmooth is not None and not isinstance(nonsmooth, Nonsmooth):
         raise TypeError(f"nonsmooth: got {type(nonsmooth).__name__}, expected a term of bilevel_jax.nonsmooth")
     max_steps, term = checks.positive_int("max_steps", max_steps), nonsmooth or zero()
-    land = projection or (lambda point: point)
+    land, (z, x) = projection or (lambda point: point), marked((z, x))
     size = norm(z)
     target = tolerance if tolerance is not None else float(jnp.finfo(size.dtype).eps) ** 0.75 * (1 + size)
 
@@ -149,6 +149,7 @@ def residual(
         1.4142
     """
     g, f = losses(problem)
+    z, x = marked((z, x))
     z, x, batch = checks.point(z, x, batch)
     checks.positive("multiplier", multiplier)
     known = envelope(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax import checks
+from bilevel_jax.control_flow import unmarked
 from bilevel_jax.inspection import Uses, check_uses, depends, uses, warn_stretched
 from bilevel_jax.linear_solve import LinearSolver
 from bilevel_jax.optimisers import weight_at
@@ -25,7 +26,8 @@ def mean_loss(loss: Loss, name: str) -> Callable[[PyTree, PyTree, PyTree, Array 
     the samples, exactly.
 
     Raises:
-        ValueError: if the loss returns neither a scalar nor a vector, or a scalar where weights are given.
+        ValueError: if the loss returns neither a scalar nor a vector, or a scalar where weights are given; in `jax.shard_map`, if
+            its derivatives would be summed over the devices.
     """
 
     def scalar(z, x, data, weight):
@@ -36,6 +38,13 @@ def mean_loss(loss: Loss, name: str) -> Callable[[PyTree, PyTree, PyTree, Array 
         shape = np.shape(value)
         if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
             raise TypeError(f"{name}: got a loss of dtype {jnp.result_type(value)}, expected a floating-point one")
+        if axes := unmarked((z, x), value):
+            raise ValueError(
+                f"{name}: got a loss that differs between the devices of the axes {axes}, of variables that are the same on all of "
+                "them, so that JAX would sum its derivatives over the devices; expected, for the mean over the devices, a problem "
+                "of bilevel_jax.parallel.data_parallel, and for a problem on each device variables that are marked: "
+                f"jax.lax.pcast(variables, {tuple(axes)}, to='varying')"
+            )
         if weight is None:
             if len(shape) > 1:
                 raise ValueError(f"{name}: got a loss of shape {shape}, expected a scalar or one value a sample")

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +38,21 @@ from bilevel_jax.distributed.fednest import fednest
 from bilevel_jax.distributed.gossip import complete, d_soba, per_agent
 from bilevel_jax.parallel import data_mesh
 from tests.checks import check_same
-from tests.tables import STEPS, build, distance, donated_update, every_kind, stream, tiny, tiny_sampler, tiny_start
+from tests.tables import STEPS, build, distance, donated_update, every_kind, stream, thinned, tiny, tiny_sampler, tiny_start
 
 # ---- every solver -----------------------------------------------------------------------------------------------------
 
 
-def whole_run(name: str, key: jax.Array, steps: int = 2) -> Vars:
-    """The variables after a short run on the problem of scalars, with one metric."""
+def short_run(name: str, steps: int = 2) -> Callable[[jax.Array], Vars]:
+    """The variables after a run from a key on the problem of scalars, with one metric."""
+    setting, start, solver = tiny(), tiny_start(name), build(name, tiny().problem)  # made before anything is traced
     measure = lambda vars, data: {"x": vars.outer}
-    solver = build(name, tiny().problem)
-    return run(solver, tiny_sampler(), tiny_start(name), tiny().data, key, steps=steps, every=1, metrics=measure)[0].state.vars
+
+    def go(key: jax.Array) -> Vars:
+        carry, _ = run(solver, tiny_sampler(), start, setting.data, key, steps=steps, every=1, metrics=measure)
+        return carry.state.vars
+
+    return go
 
 
 def no_nan_no_infinity() -> ExitStack:
@@ -80,7 +84,7 @@ def test_no_solver_makes_nan_or_infinity(name):
 @every_kind
 def test_no_solver_leaks_tracers(name):
     with jax.checking_leaks():
-        shapes = jax.eval_shape(partial(whole_run, name), jax.random.key(0))
+        shapes = jax.eval_shape(short_run(name), jax.random.key(0))
     assert shapes.outer.shape == ()
 
 
@@ -88,8 +92,8 @@ def test_no_solver_leaks_tracers(name):
 def test_solvers_run_without_jit(name):
     """Whole runs, with the strict promotion of dtypes of all tests."""
     with jax.disable_jit():
-        found = whole_run(name, jax.random.key(0))
-    check_same(found, jax.jit(partial(whole_run, name))(jax.random.key(0)), tol=1e-12)
+        found = short_run(name)(jax.random.key(0))
+    check_same(found, jax.jit(short_run(name))(jax.random.key(0)), tol=1e-12)
 
 
 # ---- shard_map --------------------------------------------------------------------------------------------------------
@@ -107,23 +111,44 @@ def keys(count: int) -> jax.Array:
 
 @every_kind
 def test_independent_seeds_in_shard_map(name):
-    found, alone = (
-        jax.eval_shape(over_seeds(partial(whole_run, name), 1), keys(1)),
-        jax.eval_shape(partial(whole_run, name), keys(1)[0]),
-    )
-    assert jax.tree.map(lambda leaf: leaf.shape[1:], found) == jax.tree.map(lambda leaf: leaf.shape, alone)
+    """Nothing is exchanged between the devices: JAX would sum derivatives by what is the same on all of them."""
+    program = jax.make_jaxpr(over_seeds(short_run(name), 1))(keys(1))
+    assert "psum" not in str(program)
+    alone = jax.eval_shape(short_run(name), keys(1)[0])
+    assert [aval.shape[1:] for aval in program.out_avals] == [leaf.shape for leaf in jax.tree.leaves(alone)]
+
+
+def on_own_rows(name: str, marked: bool, rows: Any) -> Any:
+    """A run on data of which each device has its own, from a start that is the same on all, or marked as different."""
+    start, solver = tiny_start(name), build(name, tiny().problem)
+    start = lax.pcast(start, "seeds", to="varying") if marked else start
+    return run(solver, samplers.full(), start, rows, jax.random.key(0), steps=1)[0].state.vars
+
+
+@every_kind
+def test_sums_over_the_devices_are_refused(name):
+    """JAX sums derivatives by a variable that is the same on all devices: of losses that differ, that is no run of any one."""
+    rows = jax.tree.map(lambda leaf: leaf[None], tiny().data)
+    for marked in (True, False):
+        each = lambda data, marked=marked: on_own_rows(name, marked, jax.tree.map(lambda leaf: leaf[0], data)).outer[None]
+        many = jax.shard_map(each, mesh=data_mesh(1, "seeds"), in_specs=P("seeds"), out_specs=P("seeds"))
+        if marked:
+            assert "psum" not in str(jax.make_jaxpr(many)(rows))
+        else:
+            with pytest.raises(ValueError, match="JAX would sum its derivatives over the devices"):
+                jax.eval_shape(many, rows)
 
 
 #: With a table, a branch, a loop that a tolerance ends, a random length, a path with its worst iterate, random directions.
-KINDS = ("saba", "srba", "hoag", "bsa", "iaptt", "pzobo")
+SEEDED = ("saba", "srba", "hoag", "bsa", "iaptt", "pzobo")
 
 
 def main() -> None:
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_disable_most_optimizations", True)
     devices, found = jax.device_count(), {}
-    for name in KINDS:
-        one = jax.jit(partial(whole_run, name, steps=3))
+    for name in SEEDED:
+        one = jax.jit(short_run(name, steps=3))
         alone = [one(key) for key in keys(devices)]
         together = jax.jit(over_seeds(one, devices))(keys(devices))
         apart = distance(*(part.outer for part in alone[:2]))
@@ -140,7 +165,7 @@ def two_devices() -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", SEEDED)
 def test_each_device_runs_its_own_seed(name, two_devices):
     assert two_devices["devices"] == 2
     difference, apart = two_devices["solvers"][name]
@@ -176,7 +201,8 @@ def test_loops_and_branches_agree_on_what_varies():
 @every_kind
 def test_runs_lower_for_accelerators(name):
     """On a machine that has none."""
-    program = jax.jit(lambda bits: whole_run(name, jax.random.wrap_key_data(bits)))
+    go = short_run(name)
+    program = jax.jit(lambda bits: go(jax.random.wrap_key_data(bits)))
     exported = jax.export.export(program, platforms=["cuda", "tpu"])(jax.random.key_data(jax.random.key(0)))
     assert exported.platforms == ("cuda", "tpu")
     assert len(exported.mlir_module_serialized) > 1000
@@ -291,47 +317,49 @@ CASES: dict[str, Callable[[jax.Array], Any]] = {
     "imaml": solver_of(lambda: solvers.imaml(smooth(), TWO, inner_steps=2), TASKS, Vars(), FULL),
     "reptile": solver_of(lambda: solvers.reptile(smooth(), TWO, inner_steps=2), TASKS, Vars(), FULL),
 }
-every_case = pytest.mark.parametrize("case", CASES)
-
-
-@every_case
-def test_no_function_makes_nan_or_infinity(case):
-    with no_nan_no_infinity():
-        eager, compiled = CASES[case](Z), jax.jit(CASES[case])(Z)
-    check_same(eager, compiled, tol=2e-5)
-
-
-#: Loops, branches, random lengths and paths; the others run with `make test-all`.
-WITHOUT_JIT = {
+#: Loops, branches, random lengths, paths.
+WITHOUT_JIT = (
     "hypergradient, iterative",
     "linear system, cg",
     "linear system, random_neumann",
     "implicit_root",
     "envelope",
     "adbo",
-}
+)
+#: And one of each other kind.
+OFTEN = (*WITHOUT_JIT, "hypergradient, implicit", "hypergradient, zeroth_order", "linear system, dense", "ball, origin", "term")
+OFTEN += ("linear system, derivative of a solve", "term at the origin", "residual", "gossip", "fednest", "maml")
+some_cases = thinned("case", CASES, *OFTEN)
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.more] * (c not in WITHOUT_JIT)) for c in CASES])
+@some_cases
+def test_no_function_makes_nan_or_infinity(case):
+    with no_nan_no_infinity():
+        eager, compiled = CASES[case](Z), jax.jit(CASES[case])(Z)
+    check_same(eager, compiled, tol=2e-5)
+
+
+@thinned("case", CASES, *WITHOUT_JIT)
 def test_functions_run_without_jit(case):
     with jax.disable_jit():
         found = CASES[case](Z)
     check_same(found, CASES[case](Z), tol=2e-5)
 
 
-@every_case
+@some_cases
 def test_no_function_leaks_tracers(case):
     with jax.checking_leaks():
         assert jax.tree.leaves(jax.eval_shape(CASES[case], Z))
 
 
-@every_case
+@some_cases
 def test_functions_of_independent_points_in_shard_map(case):
     mesh = data_mesh(1, "points")
     one = lambda zs: jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], CASES[case](zs[0]))
     many = jax.shard_map(one, mesh=mesh, in_specs=P("points"), out_specs=P("points"))
-    found, alone = (jax.eval_shape(function, z) for function, z in ((many, Z[None]), (CASES[case], Z)))
-    assert jax.tree.map(lambda leaf: leaf.shape[1:], found) == jax.tree.map(lambda leaf: leaf.shape, alone)
+    program, alone = jax.make_jaxpr(many)(Z[None]), jax.eval_shape(CASES[case], Z)
+    assert "psum" not in str(program)
+    assert [aval.shape[1:] for aval in program.out_avals] == [leaf.shape for leaf in jax.tree.leaves(alone)]
 
 
 if __name__ == "__main__":

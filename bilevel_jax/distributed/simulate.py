@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax import checks
-from bilevel_jax.control_flow import cond, scan
+from bilevel_jax.control_flow import cond, marked, scan
 from bilevel_jax.distributed import adbo
 from bilevel_jax.distributed.adbo import Adbo, Master, Worker
 from bilevel_jax.distributed.clock import Clock
@@ -278,7 +278,7 @@ def simulate(
     each = jax.tree.map(lambda leaf: jnp.asarray(leaf).reshape(P, period, N), (plan.active, plan.worked, plan.alive))
     events = each, jnp.asarray(plan.drained), jnp.asarray(plan.present), jnp.asarray(plan.period_seconds, method.dtype)
     with_cut = min(P, max(0, (method.last_cut - 1) // period))  # cuts come after iterations below the last one
-    master = method.init(workers)
+    master = marked(method.init(workers), key)
     first = jax.tree.map(lambda leaf: leaf[None], row(master, jnp.zeros((), method.dtype)))
     master, early = scan(one_period(True), master, jax.tree.map(lambda leaf: leaf[:with_cut], events))
     master, late = scan(one_period(False), master, jax.tree.map(lambda leaf: leaf[with_cut:], events))
