@@ -26,8 +26,8 @@ def mean_loss(loss: Loss, name: str) -> Callable[[PyTree, PyTree, PyTree, Array 
     the samples, exactly.
 
     Raises:
-        ValueError: if the loss returns neither a scalar nor a vector, or a scalar where weights are given; in `jax.shard_map`, if
-            its derivatives would be summed over the devices.
+        ValueError: if the loss returns neither a scalar nor a vector, or a scalar where weights are given, and, in
+            `jax.shard_map`, if its derivatives would be summed over the devices.
     """
 
     def scalar(z, x, data, weight):
@@ -40,9 +40,9 @@ def mean_loss(loss: Loss, name: str) -> Callable[[PyTree, PyTree, PyTree, Array 
             raise TypeError(f"{name}: got a loss of dtype {jnp.result_type(value)}, expected a floating-point one")
         if axes := unmarked((z, x), value):
             raise ValueError(
-                f"{name}: got a loss that differs between the devices of the axes {axes}, of variables that are the same on all of "
-                "them, so that JAX would sum its derivatives over the devices; expected, for the mean over the devices, a problem "
-                "of bilevel_jax.parallel.data_parallel, and for a problem on each device variables that are marked: "
+                f"{name}: got a loss that differs between the devices of the axes {axes}, of variables that do not, so that JAX "
+                "would sum its derivatives over the devices; expected, for the mean over the devices, a problem of "
+                "bilevel_jax.parallel.data_parallel, and for a problem on each device variables that are marked: "
                 f"jax.lax.pcast(variables, {tuple(axes)}, to='varying')"
             )
         if weight is None:
