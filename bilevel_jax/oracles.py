@@ -40,8 +40,8 @@ def mean_loss(loss: Loss, name: str) -> Callable[[PyTree, PyTree, PyTree, Array 
             raise TypeError(f"{name}: got a loss of dtype {jnp.result_type(value)}, expected a floating-point one")
         if axes := unmarked((z, x), value):
             raise ValueError(
-                f"{name}: got a loss that differs between the devices of the axes {axes}, of variables that do not, so that JAX "
-                "would sum its derivatives over the devices; expected, for the mean over the devices, a problem of "
+                f"{name}: got a loss that differs between the devices of the axes {axes}, of variables that do not, so that "
+                "JAX would sum its derivatives over the devices; expected, for the mean over the devices, a problem of "
                 "bilevel_jax.parallel.data_parallel, and for a problem on each device variables that are marked: "
                 f"jax.lax.pcast(variables, {tuple(axes)}, to='varying')"
             )
