@@ -38,9 +38,23 @@ from bilevel_jax.distributed.fednest import fednest
 from bilevel_jax.distributed.gossip import complete, d_soba, per_agent
 from bilevel_jax.parallel import data_mesh
 from tests.checks import check_same
-from tests.tables import STEPS, build, distance, donated_update, every_kind, stream, thinned, tiny, tiny_sampler, tiny_start
+from tests.tables import (
+    SOLVERS,
+    STEPS,
+    build,
+    distance,
+    donated_update,
+    every_kind,
+    stream,
+    thinned,
+    tiny,
+    tiny_sampler,
+    tiny_start,
+)
 
 # ---- every solver -----------------------------------------------------------------------------------------------------
+
+some_solvers = thinned("name", SOLVERS, "saba", "hoag", "itd_bio")
 
 
 def short_run(name: str, steps: int = 2) -> Callable[[jax.Array], Vars]:
@@ -81,14 +95,14 @@ def test_no_solver_makes_nan_or_infinity(name):
     assert distance(eager.vars, tiny_start(name)) > 1e-4
 
 
-@every_kind
+@some_solvers
 def test_no_solver_leaks_tracers(name):
     with jax.checking_leaks():
         shapes = jax.eval_shape(short_run(name), jax.random.key(0))
     assert shapes.outer.shape == ()
 
 
-@every_kind
+@some_solvers
 def test_solvers_run_without_jit(name):
     """Whole runs, with the strict promotion of dtypes of all tests."""
     with jax.disable_jit():
@@ -125,7 +139,7 @@ def on_own_rows(name: str, marked: bool, rows: Any) -> Any:
     return run(solver, samplers.full(), start, rows, jax.random.key(0), steps=1)[0].state.vars
 
 
-@every_kind
+@some_solvers
 def test_sums_over_the_devices_are_refused(name):
     """JAX sums derivatives by a variable that is the same on all devices: of losses that differ, that is no run of any one."""
     rows = jax.tree.map(lambda leaf: leaf[None], tiny().data)
@@ -198,7 +212,7 @@ def test_loops_and_branches_agree_on_what_varies():
 # ---- export -----------------------------------------------------------------------------------------------------------
 
 
-@every_kind
+@some_solvers
 def test_runs_lower_for_accelerators(name):
     """On a machine that has none."""
     go = short_run(name)
