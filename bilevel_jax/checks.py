@@ -214,21 +214,22 @@ def _no_array(name: str, leaf: Any) -> TypeError:
     return TypeError(f"{name}: got {given}, expected an array: {hint}")
 
 
+def _plain(node: Any) -> bool:
+    """Whether a node is a Python number or text, or a list or tuple of nothing else."""
+    if type(node) in (list, tuple):
+        return bool(node) and all(map(_plain, node))
+    return isinstance(node, bool | int | float | complex | str) and not isinstance(node, np.generic)
+
+
+def _whole(node: Any) -> bool:
+    """Whether a node is one leaf: a list of numbers, of any depth, a tuple of numbers, and what yields its items once."""
+    flat = type(node) is list or (type(node) is tuple and not any(type(item) in (list, tuple) for item in node))
+    return (flat and _plain(node)) or isinstance(node, Iterator)
+
+
 def arrays(name: str, tree: PyTree) -> None:
     """Raise TypeError unless all leaves of ``tree`` are arrays; a list or tuple of numbers counts as one leaf."""
-
-    def number(node: Any) -> bool:
-        return isinstance(node, bool | int | float | complex | str) and not isinstance(node, np.generic)
-
-    def plain(node: Any) -> bool:
-        return number(node) or (type(node) in (list, tuple) and bool(node) and all(map(plain, node)))
-
-    def whole(node: Any) -> bool:
-        """Not to be looked into: lists of numbers, of any depth, and what yields its items once."""
-        flat = type(node) is tuple and bool(node) and all(map(number, node))
-        return flat or (type(node) is list and plain(node)) or isinstance(node, Iterator)
-
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=whole):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_whole):
         if not is_array(leaf):
             raise _no_array(path_name(name, path), leaf)
 
@@ -274,11 +275,13 @@ def point(z: PyTree, x: PyTree, batch: Any) -> tuple[PyTree, PyTree, Batch]:
     """Where functions of (z, x, batch) are evaluated, with leaves as `jax.numpy.asarray` makes them.
 
     Raises:
-        TypeError: for variables as `floating`, anything but a ``Batch``, and one with leaves that are no arrays.
+        TypeError: for variables as `floating`, anything but a ``Batch``, and leaves that are neither arrays nor numbers.
     """
     z, x = floating("z", z), floating("x", x)
     kind("batch", batch, Batch, "Batch(inner=..., outer=...)")
-    arrays("batch", batch)
+    arrays(
+        "batch", jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, int | float) else leaf, batch, is_leaf=_whole)
+    )
     return z, x, jax.tree.map(jnp.asarray, batch)
 
 
