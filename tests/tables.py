@@ -180,12 +180,12 @@ def tiny() -> Setting:
     """
     rows = np.arange(7.0)
     a, b, e = 1 + 0.3 * np.cos(rows), np.sin(rows), 1 + rows / 7
-    scalar = lambda value: jnp.asarray(np.float64(value))
     problem = Problem(lambda z, x, s: 0.5 * s[0] * z**2 + x * z + s[1] * z, lambda z, x, s: 0.5 * (z - s) ** 2 + 0.5 * x**2)
     x = -(b.mean() / a.mean() ** 2 + e.mean() / a.mean()) / (1 + 1 / a.mean() ** 2)
     z = -(x + b.mean()) / a.mean()
-    solution = Vars(*map(scalar, (z, -(z - e.mean()) / a.mean(), x)))
-    return Setting(problem, Levels((jnp.asarray(a), jnp.asarray(b)), jnp.asarray(e)), Vars(*map(scalar, (1, 0.5, 2))), solution)
+    solution, start = Vars(z, -(z - e.mean()) / a.mean(), x), Vars(*map(np.float64, (1, 0.5, 2)))
+    with jax.enable_x64(True), jax.ensure_compile_time_eval():  # the first call may be at import, or inside a trace
+        return Setting(problem, *jax.tree.map(jnp.asarray, (Levels((a, b), e), start, solution)))
 
 
 def tiny_start(name: str) -> Vars:
@@ -217,9 +217,10 @@ def stream(draws: int, seed: int = 7) -> list[Batch]:
 @cache
 def small() -> Quadratic:
     """The shipped quadratic, in float64.  One for all suites: its making is a hundred small compilations."""
-    return quadratic(
-        jax.random.key(0), inner_dim=5, outer_dim=3, inner_samples=32, outer_samples=32, noise=0.1, dtype=jnp.float64
-    )
+    with jax.enable_x64(True), jax.ensure_compile_time_eval():
+        return quadratic(
+            jax.random.key(0), inner_dim=5, outer_dim=3, inner_samples=32, outer_samples=32, noise=0.1, dtype=jnp.float64
+        )
 
 
 def ragged() -> Sampler:
