@@ -208,9 +208,9 @@ def _no_array(name: str, leaf: Any) -> TypeError:
     elif isinstance(leaf, np.ma.MaskedArray):
         hint = "use .filled(...), or a mask beside it"
     elif isinstance(leaf, np.ndarray | np.generic):
-        given, hint = f"{given} of dtype {leaf.dtype}", "only numbers can be computed with"
+        given, hint = f"{given} of dtype {leaf.dtype}", "its entries must be numbers"
     else:
-        hint = "what is not one can stand outside of the pytree, where the losses see it"
+        hint = "keep other values outside of the pytree; the losses can close over them"
     return TypeError(f"{name}: got {given}, expected an array: {hint}")
 
 

@@ -82,7 +82,7 @@ def marked(tree: Any, *like: Any) -> Any:
 
 
 def unmarked(tree: Any, *like: Any) -> list[str]:
-    """The axes over which some leaf, of the tree or of the others, varies, and some leaf of the tree does not."""
+    """The mesh axes over which some leaf of either tree varies, and over which some leaf of the first does not."""
     if not _in_shard_map():
         return []
     every = frozenset().union(*map(_axes, jax.tree.leaves((tree, like))))

@@ -65,7 +65,7 @@ def plain() -> Estimator:
         del count
         return total(oracle(vars, batch)), state
 
-    return Estimator(init, update, of_the_draw=True)
+    return Estimator(init, update, is_plain=True)
 
 
 class EmaState(NamedTuple):

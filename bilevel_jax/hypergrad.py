@@ -130,7 +130,7 @@ def implicit(solver: LinearSolver | None = None, *, tolerance: float | None = No
 def iterative(
     opt: optax.GradientTransformation, steps: int, *, truncate: int | None = None, checkpoint: str = "step"
 ) -> Method:
-    """Iterative differentiation (ITD): back-propagate through ``steps`` inner steps from z, which is held constant.
+    """Iterative differentiation (ITD): back-propagate through ``steps`` inner steps from z, which does not depend on x.
 
     Args:
         opt: inner optimiser, such as ``optax.sgd(rate)``.  Give adam and its relatives an ``eps_root`` above 0, as

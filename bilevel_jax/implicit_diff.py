@@ -38,12 +38,13 @@ def implicit_root(
     nesting work.
 
     *Parameters* are pytrees.  Floating-point leaves are differentiated; integers, booleans and keys have no derivative.  A leaf
-    that is no array (a string, a function, an enum) is static: it must be hashable, and a new value compiles anew.
+    that is not an array (a string, a function, an enum) is static: it must be hashable, and a new value compiles anew.
 
-    *Arguments* may be given by position or by name.  Where ``optimality`` has the names of all required arguments of ``solve``,
-    they reach it by name, and an argument with a default whose name it lacks is an option of ``solve`` alone; otherwise they
-    reach it by position.  ``solve`` may lack ``init``: so it is if its first argument has the name of a parameter of
-    ``optimality``, or, where the two share no name, if it takes as many arguments as ``optimality`` has parameters.
+    *Arguments* may be given by position or by name.  If ``optimality`` has a parameter for each required argument of ``solve``,
+    arguments reach it by name.  An argument of ``solve`` that has a default, and that ``optimality`` does not have, is then an
+    option of ``solve`` alone.  Otherwise arguments reach ``optimality`` by position.  ``solve`` may lack ``init``.  It does if
+    its first argument has the name of a parameter of ``optimality``.  If the two share no name, it does if it takes as many
+    arguments as ``optimality`` has parameters.
 
     A derivative cannot return a code.  Where the linear system fails (any code but SUCCESSFUL, MAX_STEPS_REACHED and
     STAGNATION), all of it is NaN; `root_vjp` returns the code, and the residual of the optimality.

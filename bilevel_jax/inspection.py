@@ -1,4 +1,4 @@
-"""What the programs of two losses show before anything is compiled: what they depend on, and what they broadcast.
+"""Static checks of two losses: which variables they depend on, and which they broadcast.
 
 A loss is traced to its jaxpr, and marks on its inputs are followed to its outputs.  Nothing is computed.
 """
@@ -127,7 +127,7 @@ def warn_stretched(name: str, loss: Loss, z: PyTree, x: PyTree, data: PyTree) ->
     """Warn of variables of shape (1,) that a loss broadcasts against the samples of its data.
 
     The loss is traced on one sample more, too: an axis that is as long as the number of samples by chance stays as it is.
-    Where it cannot be traced on another number of samples, nothing is said.
+    Where it cannot be traced on another number of samples, there is no warning.
     """
     leaves = jax.tree_util.tree_leaves_with_path((z, x))
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}

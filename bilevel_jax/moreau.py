@@ -79,7 +79,8 @@ def envelope(
     if nonsmooth is not None and not isinstance(nonsmooth, Nonsmooth):
         raise TypeError(f"nonsmooth: got {type(nonsmooth).__name__}, expected a term of bilevel_jax.nonsmooth")
     max_steps, term = checks.positive_int("max_steps", max_steps), nonsmooth or zero()
-    land, (z, x) = projection or (lambda point: point), marked((z, x))
+    land = projection or (lambda point: point)
+    z, x = marked((z, x))
     size = norm(z)
     target = tolerance if tolerance is not None else float(jnp.finfo(size.dtype).eps) ** 0.75 * (1 + size)
 
@@ -149,8 +150,8 @@ def residual(
         1.4142
     """
     g, f = losses(problem)
-    z, x = marked((z, x))
     z, x, batch = checks.point(z, x, batch)
+    z, x = marked((z, x))
     checks.positive("multiplier", multiplier)
     known = envelope(
         problem,

@@ -127,7 +127,7 @@ def weight_at(schedule: Schedule, count: Array) -> Any:
     """A weight in [0, 1] after ``count`` steps: values of a schedule, and traced numbers, are clipped."""
     if isinstance(schedule, int | float):
         return schedule
-    with jax.numpy_dtype_promotion("standard"):
+    with _permissive():
         return jnp.clip(value_at(schedule, count), 0.0, 1.0)
 
 

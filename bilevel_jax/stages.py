@@ -86,7 +86,7 @@ def solve_inner(
             (in ``init``) for an optimiser that cannot move z.
 
     Cost: at most ``max_steps`` inner gradients, and one more with a tolerance; inf if that is a schedule: they are counted.
-    What a line search evaluates is not.
+    The evaluations of a line search are not counted.
 
     Example:
         >>> problem = Problem(lambda z, x, a: ((z - x) ** 2).sum(), lambda z, x, b: (z**2).sum())
@@ -224,7 +224,7 @@ def unroll(
             ``optax.adam(rate, eps_root=1e-8)``: without it the derivative is NaN where an entry of the direction is 0.
         steps: inner steps.
         direction: an oracle whose direction of z the path follows, at ``step`` the number of the inner step; by default d_z g.
-        start: where the path starts, a function of the variables; by default at z, which is not differentiated.
+        start: where the path starts, a function of the variables; by default at z, which does not depend on x.
         pessimistic: whether f is taken, and differentiated, at the iterate of the path at which it is largest.
         truncate, checkpoint: as for `bilevel_jax.hypergrad.iterative`; ``truncate=0`` is the first-order method.
         jacobian: how a vector is pulled back through the path: `bilevel_jax.hypergrad.reverse` or ``gaussian(...)`` of it.

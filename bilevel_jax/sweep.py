@@ -98,7 +98,7 @@ def descend(
     width = oracle.draws or 1
     single = (lambda batches: take_draw(batches, 0)) if oracle.draws is None else (lambda batches: batches)
     moves = Vars(*(o is not None for o in opts))
-    inner_loss = oracle.inner_loss if estimator.of_the_draw else None
+    inner_loss = oracle.inner_loss if estimator.is_plain else None
 
     def bind(step: Array, codes: list[Array] | None) -> BoundOracle:
         def pruned(vars: Vars, batch: Batch) -> Terms:

@@ -143,7 +143,7 @@ class Estimator(NamedTuple):
     draw_calls: float = 1.0  # oracle calls on the draw, per update
     full_calls: float = 0.0  # oracle calls on the full data, per update, on average
     needs_means: bool = False  # whether the terms must be means over the samples, as those of a composite oracle are not
-    of_the_draw: bool = False  # whether the direction is that of the oracle on the draw, unchanged
+    is_plain: bool = False  # whether the direction is that of the oracle on the draw, unchanged
 
 
 class Table(NamedTuple):

@@ -27,7 +27,7 @@ STRICT = {
 }
 
 
-#: Doctests that take seconds.  What they show is tested by default, too.
+#: Doctests that take seconds.  Other tests cover the same functions by default.
 LONG_DOCTESTS = {
     "checkpoints.manager",
     "checkpoints.run_long",

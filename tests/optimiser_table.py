@@ -273,8 +273,8 @@ keeps its own.
 
 ## All transformations
 
-The table is written by a test from what the library does with optax {version}. *Unrolled* is a path of inner steps that is
-differentiated. "With a known loss" stands for the places above.
+`python -m tests.optimiser_table` writes this table from what the library does with optax {version}; a test compares the two.
+*Unrolled* means a path of inner steps that is differentiated. "With a known loss" means: in the places listed above.
 
 | transformation | z | z, unrolled | v | x | note |
 |---|---|---|---|---|---|

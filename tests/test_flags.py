@@ -123,6 +123,13 @@ def keys(count: int) -> jax.Array:
     return jax.random.split(jax.random.key(3), count)
 
 
+def test_the_name_of_the_sum_is_known():
+    """A control of the tests here: a derivative in a variable that is the same on all devices is a psum."""
+    one = lambda row: jax.grad(lambda z: z * row[0])(jnp.ones((), row.dtype))
+    program = jax.make_jaxpr(jax.shard_map(one, mesh=data_mesh(1, "seeds"), in_specs=P("seeds"), out_specs=P()))(jnp.ones(1))
+    assert "psum" in str(program)
+
+
 @every_kind
 def test_independent_seeds_in_shard_map(name):
     """Nothing is exchanged between the devices: JAX would sum derivatives by what is the same on all of them."""

@@ -108,7 +108,7 @@ class Case:
         rest = (self.count, self.mask, self.key, "cube")
         wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), z)
         shape = lambda u: self.form.unflatten(
-            [part.reshape(leaf.shape) for part, leaf in zip(np_split(u, jax.tree.leaves(z)), jax.tree.leaves(z), strict=True)]
+            [part.reshape(leaf.shape) for part, leaf in zip(split_like(u, jax.tree.leaves(z)), jax.tree.leaves(z), strict=True)]
         )
         F = lambda u: flat(self.optimality(shape(u), p, *rest))
         u = flat(wide)
@@ -122,7 +122,7 @@ class Case:
         return jax.tree.map(lambda u, like: u.astype(like.dtype), found, init)
 
 
-def np_split(u: Any, like: list) -> list:
+def split_like(u: Any, like: list) -> list:
     ends = np.cumsum([leaf.size for leaf in like])
     return [u[end - leaf.size : end] for end, leaf in zip(ends, like, strict=True)]
 

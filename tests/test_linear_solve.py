@@ -401,12 +401,11 @@ def test_derivatives_in_the_numbers_of_a_solver(name):
         return value(t), slope(t), jax.jacfwd(value)(t), jax.jacfwd(slope)(t)
 
     run = compiled(jax.vmap(derivatives))
-    (low, middle, high), slopes, forward, curvature = run(np.array([t - h, t, t + h]))
+    (low, _, high), slopes, forward, curvature = run(np.array([t - h, t, t + h]))
     assert abs(slopes[1]) > 1e-2
     np.testing.assert_allclose(slopes[1], (high - low) / (2 * h), rtol=1e-6)
     np.testing.assert_allclose(forward, slopes, rtol=1e-10)
     np.testing.assert_allclose(curvature[1], (slopes[2] - slopes[0]) / (2 * h), rtol=1e-5)
-    del middle
 
 
 @pytest.mark.parametrize(("argument", "make"), [(name, make) for name, makes in REFUSED.items() for make in makes])

@@ -229,7 +229,7 @@ def _one_a_client(loss: ClientLoss) -> Loss:
 
     def values(z: PyTree, x: PyTree, shares: Share) -> Array:
         clients = jax.tree.leaves(shares)[0].shape[0]
-        # The derivative is a sum over the clients, in the dtype of what they share: a narrow leaf is copied from a wide one.
+        # The derivative in what the clients share is a sum over them, in its dtype: a narrow leaf is cast from a wide copy.
         axes = jax.tree.map(lambda leaf: None if leaf.dtype == widest(leaf) else 0, (z, x))
         wide = jax.tree.map(lambda leaf: jnp.broadcast_to(widen(leaf), (clients, *leaf.shape)), (z, x))
         z, x = jax.tree.map(lambda leaf, copy: leaf if leaf.dtype == copy.dtype else copy.astype(leaf.dtype), (z, x), wide)
