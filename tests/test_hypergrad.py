@@ -162,7 +162,7 @@ def test_sqrt_checkpoints_keep_less_memory():
 
     def memory(checkpoint):
         run = hypergradient(problem, iterative(optax.sgd(0.1), 100, checkpoint=checkpoint))
-        compiled = jax.jit(lambda z, x: run(z, x, Batch(inner=0, outer=0))[1]).lower(z, x).compile()
+        compiled = jax.jit(lambda z, x: run(z, x, Batch(inner=jnp.zeros(()), outer=jnp.zeros(())))[1]).lower(z, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert memory("sqrt") < 0.4 * memory("none")
