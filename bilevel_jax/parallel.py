@@ -11,9 +11,9 @@ Three ways, from the least to the most explicit; each equals one device to round
 *Where the mean over the devices is taken.*  With ``check_vma=True``, the default of `jax.shard_map`, the derivative of a
 device's own loss by a replicated variable is already summed over the devices.  To average the directions afterwards is wrong,
 and such losses are refused.  A mean inside the loss is wrong without the flag, and nothing says so.  Here the mean is inside
-the loss, under the flag: then gradients, products with second derivatives, and derivatives through solvers are all right; without
-the flag the losses refuse to run.  `jax.lax.pcast` says once where a variable is taken to the devices, so that each sum over
-them is sent once; XLA merges those of one oracle call into one all-reduce.
+the loss, under the flag: then gradients, products with second derivatives, and derivatives through solvers are all right.
+Without the flag the losses refuse to run.  `jax.lax.pcast` says once where a variable is taken to the devices, so that each
+sum over them is sent once; XLA merges those of one oracle call into one all-reduce.
 
 *What stays whole.*  Tables of `bilevel_jax.estimators.saga` are replicated: with its slots shared out over devices, XLA
 gathers the whole table at every update to read one row.  So is ``z`` in all methods here.
