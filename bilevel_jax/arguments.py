@@ -11,7 +11,7 @@ import numpy as np
 
 from bilevel_jax.types import Array
 
-#: The value of a leaf that is no array, in a tuple of one; empty for an array.
+#: The value of a leaf that is not an array, and its type, because 1 equals True; empty for an array.
 Static: TypeAlias = tuple[Hashable, ...]
 
 
@@ -20,8 +20,9 @@ class Call(NamedTuple):
 
     form: Any  # jax.tree_util.PyTreeDef of (positional arguments, named arguments)
     static: tuple[Static, ...]  # one per leaf
-    names: tuple[str | None, ...] = ()  # per positional argument, its name for `apply_by_name`; None: not passed on
-    dropped: tuple[str, ...] = ()  # named arguments that `apply_by_name` does not pass on
+    #: Per positional argument, how it is passed to another function: by this name, by position if "", not at all if None.
+    names: tuple[str | None, ...] | None = None
+    dropped: frozenset[str] = frozenset()  # named arguments that the other function does not get
 
     def fill(self, leaves: list[Any], statics: bool = True) -> tuple[tuple, dict[str, Any]]:
         """The arguments with these arrays; static values are left out (None) unless ``statics``."""
@@ -38,13 +39,13 @@ class Call(NamedTuple):
         positional, named = self.fill(leaves)
         return function(*first, *positional, **named)
 
-    def apply_by_name(self, function: Callable[..., Any], first: tuple, leaves: list[Any]) -> Any:
-        """The same with the positional arguments that have names passed by name."""
+    def apply_other(self, function: Callable[..., Any], first: tuple, leaves: list[Any]) -> Any:
+        """The same for the other function."""
         positional, named = self.fill(leaves)
-        if not self.names:
-            return function(*first, *positional, **named)
+        roles = ("",) * len(positional) if self.names is None else self.names
+        given = list(zip(roles, positional, strict=True))
         named = {name: value for name, value in named.items() if name not in self.dropped}
-        return function(*first, **{n: value for n, value in zip(self.names, positional, strict=True) if n}, **named)
+        return function(*first, *(v for r, v in given if r == ""), **{r: v for r, v in given if r}, **named)
 
 
 def split(positional: tuple, named: dict[str, Any], names: tuple[str, ...] = ()) -> tuple[Call, list[Any]]:
@@ -69,7 +70,7 @@ def split(positional: tuple, named: dict[str, Any], names: tuple[str, ...] = ())
             raise TypeError(
                 f"{name}: got {given}, expected an array of numbers, or a static value, which is hashable"
             ) from None
-        statics.append(() if _is_array(leaf) else (leaf,))
+        statics.append(() if _is_array(leaf) else (leaf, type(leaf)))
     return Call(form, tuple(statics)), [leaf for _, leaf in leaves if _is_array(leaf)]
 
 
@@ -96,10 +97,22 @@ def binder(solve: Callable[..., Any], optimality: Callable[..., Any]) -> Callabl
     own, other = _Signature.of(solve), _Signature.of(optimality)
     has_init = _has_init(own, other)
     parameters = own.positional[has_init:]
-    theirs = {p.name for p in other.positional[1:] + other.keyword_only}
-    known = [p.name in theirs for p in parameters]
-    by_name = not own.variadic and all(k or p.default is not p.empty for k, p in zip(known, parameters, strict=True))
-    dropped = tuple(p.name for p in own.keyword_only if p.name not in theirs and p.default is not p.empty)
+    theirs = {p.name: p for p in other.parameters if p.kind is not p.POSITIONAL_ONLY}
+    options = [p for p in parameters + own.keyword_only if p.name not in theirs and p.default is not p.empty]
+    dropped = frozenset() if other.takes_names else frozenset(p.name for p in options)
+    unknown = [p for p in parameters if p.name not in theirs and p.name not in dropped]
+    by_name = not own.variadic and (other.takes_names or not unknown) and (bool(theirs) or other.takes_names)
+    room = len(other.positional) - 1
+
+    def role(place: int, p: Parameter) -> str | None:
+        if by_name:
+            return None if p.name in dropped else p.name
+        return None if p.name in dropped and place >= room and not other.variadic else ""
+
+    names = tuple(role(place, p) for place, p in enumerate(parameters))
+    wanted = [
+        p for p in parameters + own.keyword_only if p.name in theirs and theirs[p.name].default is p.empty is not p.default
+    ]
 
     def bind(*args: Any, **kwargs: Any) -> tuple[tuple, Call, list[Any]]:
         if own.variadic and kwargs and other.signature is not None and not other.variadic:  # names are those of optimality
@@ -109,19 +122,20 @@ def binder(solve: Callable[..., Any], optimality: Callable[..., Any]) -> Callabl
             args, kwargs = bound.args, bound.kwargs
         if own.signature is not None:
             bound = own.signature.bind(*args, **kwargs)
-            bound.apply_defaults()
+            for p in wanted:  # with a default that the optimality lacks; other defaults are left to the two functions
+                bound.arguments.setdefault(p.name, p.default)
             args, kwargs = bound.args, bound.kwargs
         init, positional = args[:has_init], args[has_init:]
         call, leaves = split(positional, kwargs, tuple(p.name for p in parameters))
-        if by_name and any(known):
-            names = tuple(p.name if k else None for k, p in zip(known, parameters, strict=True))
-            call = call._replace(names=names, dropped=dropped)
+        if not own.variadic:
+            call = call._replace(names=names[: len(positional)], dropped=dropped)
         if other.signature is not None:
             try:
-                call.apply_by_name(other.signature.bind, (None,), leaves)
+                call.apply_other(other.signature.bind, (None,), leaves)
             except TypeError as error:
                 raise TypeError(
-                    f"optimality: {error}; expected a function of the solution and the parameters of solve"
+                    f"optimality: {error}; expected a function of the solution and the parameters of solve (an option of solve "
+                    "alone must have a default)"
                 ) from None
         return init, call, leaves
 
@@ -134,6 +148,11 @@ class _Signature(NamedTuple):
     keyword_only: list[Parameter]
     variadic: bool  # whether there is *args, or the signature is not known
     takes_names: bool  # whether there is **kwargs
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """Of an optimality: all but the solution."""
+        return (self.positional + self.keyword_only)[1:]
 
     @staticmethod
     def of(function: Callable[..., Any]) -> "_Signature":
@@ -154,15 +173,17 @@ def _has_init(solve: _Signature, optimality: _Signature) -> bool:
     """Whether the first argument of a solver is its starting point, not a parameter."""
     if solve.variadic or not solve.positional:
         return solve.variadic
-    own = [p.name for p in solve.positional + solve.keyword_only]
-    parameters = [p.name for p in (optimality.positional + optimality.keyword_only)[1:]]
-    if optimality.variadic or solve.takes_names or set(own) & set(parameters):
-        return own[0] not in parameters
-    return len(own) != len(parameters)
+    first, parameters = solve.positional[0].name, {p.name for p in optimality.parameters}
+    if optimality.variadic or solve.takes_names or first.startswith("init"):
+        return first not in parameters
+    if {p.name for p in solve.positional[1:] + solve.keyword_only} & parameters or first in parameters:
+        return first not in parameters
+    required = [sum(p.default is p.empty for p in ps) for ps in (solve.positional + solve.keyword_only, optimality.parameters)]
+    return required[0] > required[1]
 
 
 def _is_array(leaf: Any) -> bool:
-    """Whether a leaf is a number or an array of numbers (or of keys), which JAX can trace."""
+    """Whether a leaf is an array of numbers or keys, or a number that has a derivative: what is traced."""
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.dtype.kind in "biufcV" if leaf.dtype.kind != "V" else leaf.dtype.names is None
-    return isinstance(leaf, Array | bool | int | float | complex)
+    return isinstance(leaf, Array | float | complex)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from bilevel_jax import checks
 from bilevel_jax.arguments import Call, binder, by_position, split
@@ -38,13 +39,14 @@ def implicit_root(
     nesting work.
 
     *Parameters* are pytrees.  Floating-point leaves are differentiated; integers, booleans and keys have no derivative.  A leaf
-    that is not an array (a string, a function, an enum) is static: it must be hashable, and a new value compiles anew.
+    that is not an array (a Python int or bool, a string, a function) is static: it must be hashable, and a new value compiles
+    anew.
 
     *Arguments* may be given by position or by name.  If ``optimality`` has a parameter for each required argument of ``solve``,
-    arguments reach it by name.  An argument of ``solve`` that has a default, and that ``optimality`` does not have, is then an
-    option of ``solve`` alone.  Otherwise arguments reach ``optimality`` by position.  ``solve`` may lack ``init``.  It does if
-    its first argument has the name of a parameter of ``optimality``.  If the two share no name, it does if it takes as many
-    arguments as ``optimality`` has parameters.
+    arguments reach it by name; otherwise by position.  An argument with a default that ``optimality`` does not have is an
+    option of ``solve`` alone.  ``solve`` may lack ``init``.  It does if its first argument has the name of a parameter of
+    ``optimality``.  If the two share no name and the first argument is not called ``init``, it does if it requires as many
+    arguments as ``optimality`` requires parameters.  To decorate a method, decorate the bound one.
 
     A derivative cannot return a code.  Where the linear system fails (any code but SUCCESSFUL, MAX_STEPS_REACHED and
     STAGNATION), all of it is NaN; `root_vjp` returns the code, and the residual of the optimality.
@@ -80,9 +82,16 @@ def implicit_root(
 
     @partial(jax.jit, static_argnums=0)  # or gradients outside of jit would compile their loops again and again
     def tangent(call: Call, solution: PyTree, leaves: list, moving: list) -> PyTree:
-        dleaves = [_no_tangent(p) if d is None else d for p, d in zip(leaves, moving, strict=True)]
-        at = lambda z, leaves: call.apply_by_name(optimality, (z,), leaves)  # noqa: E731
-        _, jacobian, rhs = _linear_system(at, solution, leaves, dleaves)
+        if all(d is None for d in moving):
+            return jax.tree.map(jnp.zeros_like, solution)
+
+        def at(z: PyTree, some: list) -> PyTree:
+            rest = iter(some)
+            every = [p if d is None else next(rest) for p, d in zip(leaves, moving, strict=True)]
+            return call.apply_other(optimality, (z,), every)
+
+        some = [p for p, d in zip(leaves, moving, strict=True) if d is not None]
+        _, jacobian, rhs = _linear_system(at, solution, some, [d for d in moving if d is not None])
         b, ravel, unravel = as_vector(rhs)
 
         def inverse(matvec: Any, b: Array) -> Array:
@@ -103,7 +112,7 @@ def implicit_root(
                 raise TypeError(f"solve: got {type(found).__name__}, expected (solution, aux), because has_aux is True")
             return found if has_aux else (found, None)
 
-        @root.defjvp
+        @partial(root.defjvp, symbolic_zeros=True)
         def derivative(call: Call, primals: tuple, tangents: tuple) -> tuple:
             (init, leaves), (_, dleaves) = primals, tangents
             solution, aux = root(call, init, leaves)
@@ -257,5 +266,5 @@ def _no_tangent(leaf: Any) -> Any:
 
 
 def _number(leaf: Any) -> Any:
-    """A tangent, or None for that of a parameter that has none (float0, which cannot go through jit)."""
-    return None if jax.dtypes.result_type(leaf) == jax.dtypes.float0 else leaf
+    """A tangent, or None where there is none: a symbolic zero, or that of a parameter that is not floating-point (float0)."""
+    return None if isinstance(leaf, SymbolicZero) or jax.dtypes.result_type(leaf) == jax.dtypes.float0 else leaf

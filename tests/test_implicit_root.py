@@ -329,6 +329,48 @@ def test_arguments_by_position_and_by_name(solve, args, kwargs):
     np.testing.assert_allclose(slopes, [expected] * 2, atol=1e-12)
 
 
+def unrolled(init, a, steps=20, fast=True):
+    """Its options decide what is traced."""
+    for _ in range(steps if fast else 0):
+        init = init - (init**3 + init - a) / (3 * init**2 + 1)
+    return init
+
+
+def cubic(z, a):
+    return z**3 + z - a
+
+
+#: An optimality, a solver and the arguments of a call, whose solution is 1, with the derivative 1/4 in the number 2.
+DEFAULTS = [
+    (cubic, unrolled, (1.0, 2.0), {}),
+    (cubic, unrolled, (1.0, 2.0, 15), {}),
+    (cubic, unrolled, (1.0, 2.0), {"steps": 15}),
+    (lambda z, other: cubic(z, other), unrolled, (1.0, 2.0, 15), {}),
+    (lambda z, other: cubic(z, other), unrolled, (1.0, 2.0), {"steps": 15}),
+    (lambda z, other, c=1.0: z**3 + c * z - other, lambda start, a: unrolled(start, a), (1.0, 2.0), {}),
+    (lambda z, other: cubic(z, other), lambda a, steps=20: unrolled(1.0, a, steps), (2.0,), {}),
+    (cubic, lambda a, start=1.0: unrolled(start, a), (2.0,), {}),
+    (lambda z, a, /: cubic(z, a), unrolled, (1.0, 2.0), {}),
+    (lambda z, **named: cubic(z, named["a"]), unrolled, (1.0, 2.0), {}),
+]
+
+
+@pytest.mark.parametrize(("optimality", "solve", "args", "kwargs"), DEFAULTS)
+def test_options_of_the_solver_and_of_the_optimality(optimality, solve, args, kwargs):
+    """Those that are not given are not traced; those that the other one lacks do not reach it."""
+    root = implicit_root(optimality)(solve)
+    call = lambda t: root(*(t if v == 2.0 else v for v in args[:2]), *args[2:], **kwargs)
+    value, slope = jax.jit(jax.value_and_grad(call))(2.0)
+    np.testing.assert_allclose((value, slope), (1.0, 0.25), atol=1e-9)
+
+
+def test_parameters_that_are_not_differentiated_are_constants():
+    """So that they may be numbers of which no derivative exists."""
+    optimality = lambda z, t, tolerance: cg(max_steps=9, rtol=tolerance).solve(lambda u: 2 * u, z - t)[0]
+    root = implicit_root(optimality)(lambda init, t, tolerance: t)
+    np.testing.assert_allclose(jax.grad(lambda t: root(t, t, 1e-9).sum())(jnp.ones(2)), 1.0)
+
+
 def test_arguments_that_do_not_fit_are_refused():
     """Before anything is computed, and with a name."""
     root = implicit_root(root_of)(start_first)
