@@ -255,7 +255,9 @@ def floating(name: str, tree: PyTree) -> PyTree:
                 "take the parameters of a model without its random state, with flax.nnx as "
                 "graphdef, params, rest = nnx.split(model, nnx.Param, ...)"
                 if keys
-                else "convert it with .astype(jnp.float32), or pass it among the data"
+                else "pass its real and imaginary parts"
+                if jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+                else "convert it with .astype(jnp.float32)"
             )
             raise TypeError(f"{path_name(name, path)}: got {describe(leaf)}, expected a floating-point array: {hint}")
     return tree

@@ -199,10 +199,13 @@ def stream(
     evaluate = jax.jit(lambda state: _row(state, metrics))
     state, done = None, 0
     for done, batch in enumerate(batches, 1):
-        checks.arrays("batches", batch)
         if state is None:
             state = jax.tree.map(jnp.copy, start) if isinstance(start, BilevelState) else solver.init(start, batch)
-        state = update(state, batch)
+        try:
+            state = update(state, batch)
+        except TypeError:
+            checks.arrays("batches", batch)  # in our words; looking at every batch would cost a third of a short update
+            raise
         if done % every == 0:
             yield state, evaluate(state)
     if state is not None and done % every:
@@ -234,9 +237,11 @@ def several(solver: Solver, updates: int) -> Solver:
     updates = checks.positive_int("updates", updates)
 
     def init(vars: Vars, batches: Batch) -> BilevelState:
+        checks.arrays("batches", batches)
         return solver.init(vars, jax.eval_shape(lambda b: take_draw(b, slice(0, solver.draws)), batches))
 
     def update(state: BilevelState, batches: Batch) -> BilevelState:
+        checks.arrays("batches", batches)
         checks.leading_axis("batches", batches._replace(full=None), updates * solver.draws, "the number of draws of the solver")
 
         def one(state: BilevelState, turn: Array) -> tuple[BilevelState, None]:

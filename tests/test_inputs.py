@@ -180,6 +180,7 @@ DATA: dict[tuple[str, str], Call] = {
     **{("run", f"data.{n}"): lambda v, n=n: go(rows=data(**{n: v})) for n in Levels._fields},
     **{("resume", f"data.{n}"): lambda v, n=n: again(data(**{n: v})) for n in Levels._fields},
     **{("stream", f"batches.{n}"): lambda v, n=n: streamed(batch=stacked(**{n: v})) for n in Levels._fields},
+    **{("several", f"batches.{n}"): lambda v, n=n: several(SOLVER, 1).init(start(), stacked(**{n: v})) for n in Levels._fields},
     **{("update", f"batches.{n}"): lambda v, n=n: updated(**{n: v}) for n in Levels._fields},
     **{("hypergradient", f"batch.{n}"): lambda v, n=n: at(batch=single(**{n: v})) for n in Levels._fields},
     ("uniform", "data.inner"): lambda v: samplers.uniform(2).batches(data(inner=v), KEY, 0, 1),
@@ -272,6 +273,16 @@ def test_every_kind_is_refused_while_a_program_is_traced(kind):
             jax.eval_shape(lambda name=name, container=container: check_refusal(("run", name), kind, container))
 
 
+def test_a_later_batch_of_a_stream_is_refused_by_name():
+    """The first one is looked at in ``init``; the compiled update takes the others, and refuses what it cannot."""
+    for kind in ("sparse matrix", "text", "objects", "data frame"):
+        made, (_, named, _) = stream(SOLVER, start(), [stacked(), stacked(outer=STRANGE[kind][0]())]), STRANGE[kind]
+        next(made)
+        with pytest.raises(TypeError) as info:
+            next(made)
+        assert str(info.value).startswith(f"batches.outer: got {named}, expected an array: ")
+
+
 def test_a_real_data_frame_is_refused():
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame(np.ones((LONG, 2)))
@@ -296,7 +307,7 @@ def test_variables_are_floating(place):
         (np.ones(3, bool), r"bool\[3\]"),
         (np.ones(3, complex), r"complex128\[3\]"),
     ):
-        with pytest.raises(TypeError, match=rf"^{name}\['n'\]: got {says}, expected a floating-point array: .*astype"):
+        with pytest.raises(TypeError, match=rf"^{name}\['n'\]: got {says}, expected a floating-point array: .*(astype|parts)"):
             PLACES[place]({"m": good(3), "n": leaf})
     if place[1] not in ("guess", "vars.aux", "start.aux"):  # where None is what stands for no start
         for empty in (None, (), {"a": None}):
@@ -316,7 +327,8 @@ def test_data_are_there(place):
 #: Places -> a value of the right shape there.
 SHAPES = {"z": (2,), "guess": (2,), "rhs": (2,), "inner": (2,), "aux": (2,), "outer": (3,), "x": (3,)}
 ROWS = {
-    "run": (6, 2), "resume": (6, 2), "hypergradient": (6, 2), "stream": (1, 3, 2), "update": (1, 3, 2), "episodes": (3, 4, 2),
+    "run": (6, 2), "resume": (6, 2), "hypergradient": (6, 2), "stream": (1, 3, 2), "update": (1, 3, 2), "several": (1, 3, 2),
+    "episodes": (3, 4, 2),
     "simulate": (2, 3, 2),
 }  # fmt: skip
 
