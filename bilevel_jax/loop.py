@@ -203,7 +203,7 @@ def stream(
             state = jax.tree.map(jnp.copy, start) if isinstance(start, BilevelState) else solver.init(start, batch)
         try:
             state = update(state, batch)
-        except TypeError:
+        except (TypeError, ValueError):
             checks.arrays("batches", batch)  # in our words; looking at every batch would cost a third of a short update
             raise
         if done % every == 0:
